@@ -1,0 +1,51 @@
+"""Transforms from Pillow images to uint8 tensors, and between those and what the network sees."""
+
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2 as T
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in MAE, whose weights expect them
+STD = (0.229, 0.224, 0.225)
+
+
+def augment(size):
+    """MAE's pretraining augmentation (appendix A.1): Pillow image -> uint8 (3, H, W), randomly cropped and flipped."""
+    return T.Compose(
+        [
+            T.RandomResizedCrop(size, scale=(0.2, 1), interpolation=InterpolationMode.BICUBIC),
+            T.RandomHorizontalFlip(),
+            T.PILToTensor(),
+        ]
+    )
+
+
+def resize(size):
+    """Pillow image -> uint8 (3, H, W): the whole image, its proportions given up."""
+    return T.Compose([T.Resize(size, InterpolationMode.BICUBIC), T.PILToTensor()])
+
+
+def center_crop(size):
+    """MAE's test transform, Pillow image -> uint8 (3, H, W): resized to 256/224 of `size`, then its centre."""
+
+    def fit(image):
+        scale = max(size[0] / image.height, size[1] / image.width) * 256 / 224
+        new_size = [max(length, round(old * scale)) for length, old in zip(size, image.size[::-1], strict=True)]
+        return T.functional.resize(image, new_size, InterpolationMode.BICUBIC)
+
+    return T.Compose([fit, T.CenterCrop(size), T.PILToTensor()])
+
+
+def channels(values, like):
+    """Three numbers as (3, 1, 1) on the device of `like`."""
+    return torch.tensor(values, device=like.device)[:, None, None]
+
+
+def normalize(images):
+    """uint8 (..., 3, H, W) -> float32 as the network sees it."""
+    return (images.float() / 255 - channels(MEAN, images)) / channels(STD, images)
+
+
+def denormalize(images):
+    """The inverse of `normalize`, rounded and clipped: float (..., 3, H, W) -> uint8."""
+    images = images.float() * channels(STD, images) + channels(MEAN, images)
+    return (images * 255).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,357 @@
+"""The flags of the programs: what they mean, their defaults and bounds, and what goes together."""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import re
+import secrets
+
+import torch
+
+from IO import published_weights, read_checkpoint, say
+from Models import ACTIVATIONS, INJECTIONS, PRESETS, ModelConfig
+from Utils import InputError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags. Every flag, its default, its unit and its bounds stand in `training_parser`; `parse_flags` checks what bounds can't say.
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that ends on a mistake with one line, which names the nearest flag for an unknown one."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **options)
+
+    def parse_args(self, argv=None, namespace=None):
+        args, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions, n=1)
+            self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+        return args
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with defaults, but for those that say nothing."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _get_help_string(self, action):
+        silent = action.default in (None, "", argparse.SUPPRESS) or "default" in action.help
+        return action.help if silent else super()._get_help_string(action)
+
+
+def number(kind, low=-math.inf, high=math.inf, also=None):
+    """A type for add_argument: an int or float within [low, high], or the one value `also`."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high or value == also):
+            bounds = f" of at least {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
+            bounds = "" if low == -math.inf else bounds + ("" if also is None else f", or {also:g}")
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}{bounds}")
+        return value
+
+    return convert
+
+
+def whole(low, high=math.inf, also=None):
+    """A type for add_argument: a whole number within bounds."""
+    return number(int, low, high, also)
+
+
+def real(low, high=math.inf, also=None):
+    """A type for add_argument: a number within bounds."""
+    return number(float, low, high, also)
+
+
+SWITCH = {"type": int, "choices": (0, 1)}
+WORKERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+
+
+def data_flags(parser):
+    """The flags that training and probes share: images, seed, devices."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data_tr", required=True, metavar="PATH",
+        help="training images: a folder with one folder per class, or a .tar of one")
+    add("--data_val", required=True, metavar="PATH", help="validation images, likewise")
+    add("--train_n_way", type=whole(1, also=-1), default=-1, metavar="CLASSES",
+        help="few-shot training: classes, evenly spaced in sorted order; -1: all")
+    add("--train_n_shot", type=whole(1, also=-1), default=-1, metavar="IMAGES",
+        help="few-shot training: images per class, chosen by --seed; -1: all")
+    add("--use_augs", **SWITCH, default=1,
+        help="1: random resized crop and flip, centre crop for tests; 0: plain resize for both")
+    add("--num_workers", type=whole(0), default=WORKERS, metavar="N",
+        help="loader workers per process; default: cores, at most 8")
+    add("--seed", type=whole(0, 2**31), default=0, metavar="N", help="of everything that is random")
+
+    add = parser.add_argument_group("devices and precision").add_argument
+    add("--gpus", nargs="+", metavar="ID",
+        help="device ids, one process each, or `cpu`; default: all visible GPUs, without one the CPU")
+    add("--processes", type=whole(1), default=1, metavar="N", help="processes, with --gpus cpu")
+    add("--sample_dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="precision of all that needs no gradients; auto: the fastest that the device has")
+
+
+def probe_flags(parser):
+    """The flags of the fast linear probe."""
+    add = parser.add_argument_group("fast linear probe").add_argument
+    add("--val_n_way", type=whole(2), default=32, metavar="CLASSES", help="classes, at most")
+    add("--val_n_shot", type=whole(1), default=50, metavar="IMAGES",
+        help="training images per class, at most")
+    add("--probe_lr", type=real(0), default=1e-3, metavar="RATE", help="peak rate of the head")
+    add("--probe_epochs", type=whole(1), default=100, metavar="EPOCHS", help="epochs of the head")
+    add("--probe_bs", type=whole(1), default=16, metavar="IMAGES", help="batch size of the head")
+    add("--probe_bs_val", type=whole(1), default=256, metavar="IMAGES",
+        help="images per pass when features are computed")
+    add("--probe_ignore_z", **SWITCH, default=1,
+        help="1: features without codes; 0: with one code per image")
+    add("--probe_augs_per_image", type=whole(1), default=1, metavar="COPIES",
+        help="augmented copies of each training image (with --use_augs 1)")
+    add("--global_pool", **SWITCH, default=1,
+        help="features: 1: mean of the patch tokens; 0: class token")
+
+
+def training_parser():
+    """The parser of TrainIMLE.py. A flag that is added here must be read somewhere."""
+    parser = Parser(
+        prog="TrainIMLE.py",
+        description="Train a masked autoencoder, made implicit by latent codes, by IMLE.",
+    )
+    data_flags(parser)
+
+    add = parser.add_argument_group("model").add_argument
+    add("--arch", choices=PRESETS, default="vit_base", metavar="NAME", help=", ".join(PRESETS))
+    add("--ip_spec", nargs="+", metavar="PLACE METHOD",
+        help="where codes enter, as pairs: 0... encoder blocks, then decoder blocks, or `mask` (the "
+        f"mask token); {', '.join(INJECTIONS)}; default: adain at the last encoder block")
+    add("--latent_dim", type=whole(1), default=512, metavar="NUMBERS", help="numbers per code")
+    add("--mapping_net_layers", type=whole(1), default=8, metavar="N", help="of adain, local_adain")
+    add("--mapping_net_h_dim", type=whole(1), default=512, metavar="WIDTH", help="its hidden width")
+    add("--mapping_net_lrmul", type=real(1e-6), metavar="X",
+        help="its learning-rate multiplier; default: .01, with --adain_init identity 1")
+    add("--act_type", choices=ACTIVATIONS, default="leakyrelu", help="its activation")
+    add("--adain_init", choices=("original", "identity"), default="original",
+        help="identity: an injection changes nothing at first, and learns faster")
+    add("--mask_ratio", type=real(0, 1), default=0.75, metavar="SHARE", help="of patches removed")
+    add("--norm_pix_loss", **SWITCH,
+        help="1: predict patches normalised one by one; 0: pixels; default: 1, for vit_base_vis 0")
+    add("--input_size", type=whole(1), nargs="+", default=[224], metavar="PIXELS",
+        help="side, or height and width, of the images as the network sees them")
+    add("--finetune", **SWITCH, default=1,
+        help="1: start from pretrained weights, those of --mae_weights or the published ones for "
+        "--arch; 0: from scratch")
+    add("--mae_weights", metavar="FILE", help="a checkpoint of ours or of facebookresearch/mae")
+    add("--ignore_z", **SWITCH, default=0, help="1: no codes, a plain MAE")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=whole(0), default=1024, metavar="N", help="pools of images to train on")
+    add("--ex_per_epoch", type=whole(1), default=2048, metavar="IMAGES", help="size of a pool")
+    add("--ipe", type=whole(1), default=64, metavar="STEPS", help="gradient steps per epoch")
+    add("--mini_bs", type=whole(1), default=32, metavar="IMAGES",
+        help="per gradient step, over all processes")
+    add("--accum", type=whole(1), default=1, metavar="PARTS",
+        help="in which a process computes its share of a gradient step")
+    add("--ns", type=whole(1), default=128, metavar="CODES", help="tried per image")
+    add("--code_bs", type=whole(1), default=32, metavar="IMAGES", help="per sampling pass")
+    add("--sp", type=whole(1), default=64, metavar="CODES", help="per image and sampling pass")
+    add("--shuffle_data", **SWITCH, default=1, help="1: pools and minibatches in random order")
+    add("--fix_mask_noise", **SWITCH, default=0, help="1: an image has the same mask in all epochs")
+    add("--fp16", action=argparse.BooleanOptionalAction, default=True,
+        help="mixed-precision gradient steps in what the device computes natively")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--lr", type=real(0), default=1e-4, metavar="RATE", help="base rate of the MAE")
+    add("--lr_z", type=real(0, also=-1), default=-1, metavar="RATE",
+        help="base rate of the injections; -1: as --lr")
+    add("--min_lr", type=real(0), default=0.0, metavar="RATE", help="where ramps start, decays end")
+    add("--scheduler", choices=("constant", "linear_ramp", "linear_ramp_cosine_decay"),
+        default="constant", help="of the rates, set anew for each gradient step")
+    add("--n_ramp", type=whole(0), default=0, metavar="EPOCHS", help="of linear ramp")
+    add("--n_cycles", type=whole(1), default=1, metavar="N", help="cosine cycles after the ramp")
+    add("--headstart_z", type=whole(0), default=0, metavar="EPOCHS",
+        help="in which only the injections learn")
+    add("--wd", type=real(0), default=0.01, metavar="RATE", help="AdamW's weight decay")
+    add("--beta1", type=real(0, 1), default=0.9, metavar="X", help="AdamW's")
+    add("--beta2", type=real(0, 1), default=0.95, metavar="X", help="AdamW's")
+    add("--clip_grad", type=real(0), default=0.0, metavar="NORM", help="of the gradient; 0: off")
+
+    add = parser.add_argument_group("validation").add_argument
+    add("--steps_per_eval", type=whole(0), default=64, metavar="STEPS",
+        help="gradient steps between validations, besides the first and the last; 0: never")
+    add("--ex_for_mse_loss", type=whole(1), default=2048, metavar="IMAGES", help="for the loss")
+    add("--z_per_ex_loss", type=whole(1), default=128, metavar="CODES", help="per image, for the loss")
+    add("--eval_bs", type=whole(1), default=32, metavar="IMAGES", help="per pass, for the loss")
+    add("--ex_for_vis_tr", type=whole(0), default=8, metavar="ROWS", help="in the training grid")
+    add("--ex_for_vis_te", type=whole(0), default=8, metavar="ROWS", help="in the validation grid")
+    add("--z_per_ex_vis", type=whole(1), default=8, metavar="CODES", help="columns in the grids")
+    add("--get_mae_baseline", **SWITCH, default=1,
+        help="1: validate the starting point without codes, too")
+    add("--fast_linear_probe", **SWITCH, default=1, help="1: with the probe below")
+    probe_flags(parser)
+
+    add = parser.add_argument_group("run").add_argument
+    add("--save_folder", default=".", metavar="DIR", help="the run is DIR/models/NAME")
+    add("--suffix", default="", metavar="TEXT", help="in the run's name")
+    add("--uid", metavar="TEXT",
+        help="the run's identity: the same command with the same uid goes on where it stood; "
+        "default: the SLURM job's id, else random")
+    add("--resume", metavar="CHECKPOINT",
+        help="go on from the newest checkpoint of a run, with its flags where they are not given")
+    add("--save_iter", type=whole(1, also=-1), default=-1, metavar="EPOCHS",
+        help="between checkpoints that are kept for good; -1: only the newest are kept")
+    add("--save_minutes", type=real(0), default=10.0, metavar="MINUTES",
+        help="between saves of the newest checkpoint, besides the last one")
+    add("--wandb", choices=("disabled", "offline", "online"), default="disabled",
+        help="mirror metrics and pictures to Weights & Biases")
+    add("--notes", default="", metavar="TEXT", help="kept in config.json and W&B")
+    return parser
+
+
+def parse_flags(argv=None):
+    """The flags of TrainIMLE.py, checked and with their defaults resolved; ends the program on a mistake."""
+    parser = training_parser()
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--resume")
+    source = early.parse_known_args(argv)[0].resume
+    if source:  # a run's flags are the defaults for going on with it
+        try:
+            known = read_checkpoint(source).get("args", {})
+        except InputError as error:
+            parser.error(f"--resume: {error}")
+        parser.set_defaults(**known)
+        for action in parser._actions:
+            action.required = action.required and action.dest not in known
+    args = parser.parse_args(argv)
+    try:
+        return resolve_flags(args)
+    except InputError as error:
+        parser.error(str(error))
+
+
+def resolve_flags(args):
+    """A new namespace with every default that depends on other flags filled in; an InputError for what does not go together."""
+    flags = argparse.Namespace(**vars(args))
+    preset = PRESETS[args.arch]
+    flags.input_size = list(args.input_size) * (3 - len(args.input_size))
+    if len(flags.input_size) != 2 or any(side % preset.patch_size for side in flags.input_size):
+        raise InputError(
+            f"--input_size {' '.join(map(str, args.input_size))}: give one or two multiples of "
+            f"{preset.patch_size}, the patch size of {args.arch}"
+        )
+    n_patches = math.prod(flags.input_size) // preset.patch_size**2
+    if not 0 < int(n_patches * (1 - args.mask_ratio)) < n_patches:
+        raise InputError(f"--mask_ratio {args.mask_ratio}: no patch of {n_patches} would be masked, or none visible")
+    if args.norm_pix_loss is None:
+        flags.norm_pix_loss = int(preset.norm_pix_loss)
+    if args.mapping_net_lrmul is None:
+        flags.mapping_net_lrmul = 1.0 if args.adain_init == "identity" else 0.01
+    pairs = [] if args.ignore_z else parse_ip_spec(args.ip_spec, preset)
+    flags.ip_spec = [str(word) for pair in pairs for word in pair]
+    flags.lr_z = args.lr if args.lr_z == -1 else args.lr_z
+    if args.sp > args.ns:
+        say(f"note: --sp {args.sp} is lowered to {args.ns}, as --ns")
+        flags.sp = args.ns
+    if args.ipe * args.mini_bs < args.ex_per_epoch:
+        raise InputError(
+            f"--ipe {args.ipe}: {args.ipe} steps of --mini_bs {args.mini_bs} do not see the {args.ex_per_epoch} images of "
+            f"--ex_per_epoch once; at least {math.ceil(args.ex_per_epoch / args.mini_bs)} steps do"
+        )
+    if args.n_ramp and args.scheduler == "constant":
+        raise InputError(f"--n_ramp {args.n_ramp}: a constant --scheduler has no ramp; allowed is 0, or linear_ramp")
+    if args.headstart_z and args.ignore_z:
+        raise InputError("--headstart_z: with --ignore_z 1 there is nothing that could learn first; allowed is 0")
+    if args.epochs and args.headstart_z + args.n_ramp >= args.epochs and args.headstart_z + args.n_ramp > 0:
+        raise InputError(f"--epochs {args.epochs}: must be more than --headstart_z and --n_ramp together")
+    if args.min_lr > args.lr:
+        raise InputError(f"--min_lr {args.min_lr}: must be at most --lr {args.lr}")
+    if args.probe_augs_per_image > 1 and not args.use_augs:
+        raise InputError(f"--probe_augs_per_image {args.probe_augs_per_image}: copies differ with --use_augs 1 only")
+    if args.mae_weights and not args.finetune:
+        raise InputError("--mae_weights: --finetune 0 starts from scratch; use --finetune 1, or leave the weights out")
+    flags.gpus = device_names(args.gpus, args.processes)
+    flags.uid = args.uid or os.environ.get("SLURM_JOB_ID") or secrets.token_hex(4)
+    if not re.fullmatch(r"[\w.+-]{1,64}", flags.uid):
+        raise InputError(f"--uid {args.uid}: allowed are up to 64 letters, digits and . _ + -")
+    if args.finetune:
+        flags.mae_weights = args.mae_weights or published_weights(args.arch)
+    return flags
+
+
+def probe_parser():
+    """The parser of LinearProbe.py."""
+    parser = Parser(prog="LinearProbe.py", description="Probe the encoder of a checkpoint.")
+    parser.add_argument("--model", required=True, metavar="FILE", help="a checkpoint of ours or of MAE's")
+    data_flags(parser)
+    probe_flags(parser)
+    return parser
+
+
+def parse_probe_flags(argv=None):
+    """The flags of LinearProbe.py, checked; ends the program on a mistake."""
+    parser = probe_parser()
+    args = parser.parse_args(argv)
+    try:
+        return argparse.Namespace(**{**vars(args), "gpus": device_names(args.gpus, args.processes)})
+    except InputError as error:
+        parser.error(str(error))
+
+
+def parse_ip_spec(words, preset):
+    """--ip_spec's words, checked, as [(place, method), ...] with whole-number places."""
+    words = words or [str(preset.depth - 1), "adain"]
+    shown = f"--ip_spec {' '.join(words)}"
+    n_places = preset.depth + preset.decoder_depth
+    if len(words) % 2:
+        raise InputError(f"{shown}: expected pairs PLACE METHOD, got {len(words)} words")
+    pairs = list(zip(words[::2], words[1::2], strict=True))
+    for place, method in pairs:
+        if method not in INJECTIONS:
+            raise InputError(f"{shown}: unknown method {method}; allowed are {', '.join(INJECTIONS)}")
+        if place != "mask" and not (place.isdecimal() and int(place) < n_places):
+            raise InputError(f"{shown}: no place {place}; allowed are 0 to {n_places - 1} and mask")
+    if len({place for place, _ in pairs}) < len(pairs):
+        raise InputError(f"{shown}: a place can be named once only")
+    return [(place if place == "mask" else int(place), method) for place, method in pairs]
+
+
+def device_names(gpus, processes):
+    """--gpus and --processes as torch's device names, one per process."""
+    n_gpus = torch.cuda.device_count()
+    if gpus is None:
+        gpus = [str(i) for i in range(n_gpus)] or ["cpu"]
+        if gpus == ["cpu"] and torch.accelerator.is_available():
+            say(f"note: {torch.accelerator.current_accelerator().type} is not supported; using the CPU")
+    ids = [name.removeprefix("cuda:") for name in gpus]
+    if ids == ["cpu"]:
+        return ["cpu"] * processes
+    for name in ids:
+        if not (name.isdecimal() and int(name) < n_gpus):
+            allowed = f"0 to {n_gpus - 1}, or cpu" if n_gpus else "cpu, as this machine has no GPU"
+            raise InputError(f"--gpus {' '.join(gpus)}: no GPU {name}; allowed: {allowed}")
+    if len(set(ids)) < len(ids):
+        raise InputError(f"--gpus {' '.join(gpus)}: the same GPU twice")
+    if processes not in (1, len(ids)):
+        raise InputError(f"--processes {processes}: with GPUs there is one process for each; leave it out")
+    return [f"cuda:{name}" for name in ids]
+
+
+def model_config(flags):
+    """The ModelConfig that resolved flags ask for."""
+    names = [field.name for field in dataclasses.fields(ModelConfig) if field.name in vars(flags)]
+    options = {name: getattr(flags, name) for name in names}
+    options |= {
+        "image_size": tuple(flags.input_size),
+        "norm_pix_loss": bool(flags.norm_pix_loss),
+        "ip_spec": tuple(parse_ip_spec(flags.ip_spec, PRESETS[flags.arch])) if flags.ip_spec else (),
+    }
+    return dataclasses.replace(PRESETS[flags.arch], **options)

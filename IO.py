@@ -1,0 +1,493 @@
+"""The edges of a run: its folder, its metrics and pictures, its checkpoints, and weights from elsewhere."""
+
+import argparse
+import dataclasses
+import glob
+import json
+import os
+import pickle
+import platform
+import re
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from Models import ModelConfig, build, infer_config, load_weights
+from Utils import InputError, RunError, fastest_dtype, rank, sum_over_processes, world_size
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a person sees: lines and progress bars, of the first process only.
+
+
+def say(text):
+    """Prints a line on the first process, above any progress bar."""
+    if rank() == 0:
+        tqdm.write(str(text), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def watch(chunks, description, total, after_first=None):
+    """Passes chunks (rows, images) on, with a progress bar in images; calls after_first(seconds, images) once the first is
+    dealt with."""
+    with tqdm(
+        desc=description,
+        total=total,
+        unit=" images",
+        disable=rank() > 0 or not sys.stderr.isatty(),
+        leave=False,
+        dynamic_ncols=True,
+    ) as bar:
+        start = time.perf_counter()
+        for number, (rows, images) in enumerate(chunks):
+            yield rows, images
+            bar.update(len(images) * world_size())
+            if number == 0 and after_first is not None:
+                after_first(time.perf_counter() - start, len(images))
+
+
+class Forecast:
+    """Says once, after the first chunk of sampling, how long the run's sampling will take and what memory it holds."""
+
+    def __init__(self, device, images_left):
+        self.device, self.images_left = device, images_left
+
+    def __call__(self, seconds, n_images):
+        if self.images_left:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+                memory = f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GB on the GPU"
+            else:
+                memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB"
+            left = seconds / n_images * self.images_left / world_size()
+            say(f"sampling codes for all epochs will take about {duration(left)}, holding {memory}")
+        self.images_left = 0
+
+
+def duration(seconds):
+    """Seconds as 12 s, 3 min 05 s, 2 h 07 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def picture_grid(cells, headers, caption, cell_height=96):
+    """A captioned table of pictures: cells uint8 (rows, columns, 3, H, W), one header a column -> Pillow image."""
+    rows, columns, _, h, w = cells.shape
+    scale = max(1, round(cell_height / h))
+    cells = np.kron(np.asarray(cells.movedim(2, -1)), np.ones((1, 1, scale, scale, 1), np.uint8))
+    h, w, gap, top = h * scale, w * scale, 4, 22
+    lines = textwrap.wrap(caption, columns * (w + gap) // 7)
+    canvas = Image.new("RGB", (columns * (w + gap) + gap, top + rows * (h + gap) + gap + 18 * len(lines)), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    for column, header in enumerate(headers):
+        draw.text((gap + column * (w + gap) + w / 2, top / 2), header, "black", font, anchor="mm")
+        for row in range(rows):
+            canvas.paste(Image.fromarray(cells[row, column]), (gap + column * (w + gap), top + row * (h + gap)))
+    draw.multiline_text((gap, canvas.height - 18 * len(lines)), "\n".join(lines), "black", font, spacing=4)
+    return canvas
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run's folder: config.json, metrics.jsonl, curves.png, images/, checkpoints/; only the first process writes there.
+
+
+class Run:
+    """Writes down what a run does. The local files are the truth; W&B mirrors them and may fail without harm."""
+
+    def __init__(self, folder, flags, checkpoint=None):
+        """Does nothing yet; entered by `with`, it opens the folder, behind the metrics that the checkpoint knows."""
+        self.folder, self.flags, self.main = Path(folder), flags, rank() == 0
+        self.metrics_size = checkpoint["metrics_size"] if checkpoint else 0
+
+    def __enter__(self):
+        if self.main:
+            config = describe_run(self.flags)
+            try:
+                for name in ("images", "checkpoints"):
+                    (self.folder / name).mkdir(parents=True, exist_ok=True)
+                write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
+                self.metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
+                self.metrics.truncate(self.metrics_size)
+            except OSError as error:
+                raise InputError(f"--save_folder: cannot write to {self.folder}: {error.strerror}") from None
+            self.wandb = WandB(self.flags.wandb, self.folder, config)
+        return self
+
+    def __exit__(self, *_):
+        if self.main:
+            self.metrics.close()
+            self.wandb.close()
+
+    def log(self, step, epoch, values):
+        """Appends one JSON object to metrics.jsonl; pictures (keys images/...) become files, and stand there by their names."""
+        if not self.main:
+            return
+        record = {"epoch": epoch, "pretrain/step": step, **values}
+        for key, value in values.items():
+            if isinstance(value, Image.Image):
+                path = self.folder / "images" / f"{key.split('/')[-1]}_{step:08d}.png"
+                value.save(path)
+                record[key] = str(path.relative_to(self.folder))
+        self.metrics.write(json.dumps(record).encode() + b"\n")
+        self.metrics.flush()
+        self.wandb.log(step, {**values, "epoch": epoch, "pretrain/step": step})
+
+    def draw_curves(self):
+        """Draws curves.png anew from metrics.jsonl."""
+        if self.main:
+            draw_curves(read_metrics(self.folder), self.folder / "curves.png", title=self.folder.name)
+
+    def save(self, state, *, keep=False):
+        """Writes a checkpoint of `state`, which gets the size of metrics.jsonl; keep: for good, besides the newest two."""
+        if not self.main:
+            return
+        self.metrics.flush()
+        os.fsync(self.metrics.fileno())
+        state = {**state, "metrics_size": self.metrics.tell()}
+        step = state["progress"]["step"]
+        folder = self.folder / "checkpoints"
+        if keep:
+            save_checkpoint(folder / f"epoch_{state['progress']['epoch']:06d}.pt", state)
+        save_checkpoint(folder / f"step_{step:08d}.pt", state)
+        for old in sorted(folder.glob("step_*.pt"))[:-2]:
+            old.unlink()
+
+
+class WandB:
+    """Weights & Biases as a mirror: where it is missing, refuses or raises, that costs one warning."""
+
+    def __init__(self, mode, folder, config):
+        self.run = None
+        if mode != "disabled":
+            self.attempt(lambda: self.start(mode, folder, config))
+
+    def attempt(self, action):
+        """Does it, or warns and gives W&B up."""
+        try:
+            action()
+        except Exception as error:  # whatever it is, it must not cost the run
+            self.run = None
+            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            say(f"warning: Weights & Biases failed and is off from here ({reason[0]})")
+
+    def start(self, mode, folder, config):
+        import wandb
+
+        self.image = wandb.Image
+        flags = config["flags"]
+        self.run = wandb.init(
+            project="IMLE-SSL",
+            name=folder.name,
+            id=flags["uid"],
+            resume="allow",
+            mode=mode,
+            dir=str(folder),
+            config=config,
+            notes=flags["notes"],
+            settings=wandb.Settings(silent=True),
+        )
+
+    def log(self, step, values):
+        if self.run is not None:
+            self.attempt(lambda: self.run.log({k: self.mirror(v) for k, v in values.items()}, step=step))
+
+    def mirror(self, value):
+        """A value as W&B takes it."""
+        return self.image(value) if isinstance(value, Image.Image) else value
+
+    def close(self):
+        if self.run is not None:
+            self.attempt(self.run.finish)
+
+
+CURVES = {  # panel -> {key: label}
+    "reconstruction loss": {
+        "pretrain/loss_tr": "training",
+        "pretrain/loss_te": "validation, mean over codes",
+        "pretrain/loss_te_best": "validation, best of codes",
+        "pretrain/loss_te_no_z": "validation, without code",
+    },
+    "sampled codes, training": {
+        "sampling/first_losses": "mean over codes",
+        "sampling/end_losses": "best of codes",
+    },
+    "validation accuracy": {
+        "fast_linear_probe/acc_te": "linear probe",
+        "fast_linear_probe/knn_te": "nearest neighbours",
+    },
+    "spread over codes": {"pretrain/code_spread": "standard deviation"},
+}
+
+
+def read_metrics(folder):
+    """The records of a run's metrics.jsonl, as a list of dicts."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def draw_curves(records, path, title=""):
+    """Draws what the records hold, over gradient steps, to a picture at `path`."""
+    from matplotlib.figure import Figure  # slow to import; and Figure alone opens no windows
+
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure.suptitle("\n".join(textwrap.wrap(title, 110)), fontsize=9)
+    for axes, (panel, keys) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
+        axes.set_title(panel, fontsize=10)
+        axes.set_xlabel("gradient steps")
+        for key, label in keys.items():
+            points = [(r["pretrain/step"], r[key]) for r in records if key in r]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=".", label=label)
+        if axes.lines:
+            axes.legend(fontsize=8)
+        else:
+            axes.text(0.5, 0.5, "nothing recorded", ha="center", va="center", transform=axes.transAxes, color="gray")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+def run_name(script, flags):
+    """script-data-arch-ip-hyperparameters-suffix-uid, at most 200 characters, the uid never cut."""
+    data = Path(flags.data_tr).resolve()
+    ip = "_".join(flags.ip_spec) or "mae"
+    numbers = f"bs{flags.mini_bs}-epe{flags.ex_per_epoch}-ipe{flags.ipe}-lr{flags.lr:g}"
+    numbers += "" if flags.ignore_z else f"-lrz{flags.lr_z:g}-ns{flags.ns}"
+    parts = [script, f"{data.parent.name}_{data.stem}", flags.arch, ip, numbers, flags.suffix]
+    name = re.sub(r"[^\w.+-]", "_", "-".join(part for part in parts if part))
+    return f"{name[: 199 - len(flags.uid)]}-{flags.uid}"
+
+
+# What may differ when a run goes on: where and how it computes, what it measures and keeps. The rest makes it the run it is.
+CHANGEABLE = {
+    *("gpus", "processes", "num_workers", "sample_dtype", "fp16", "code_bs", "sp", "accum", "epochs"),
+    *("fast_linear_probe", "val_n_way", "val_n_shot", "probe_lr", "probe_epochs", "probe_bs", "probe_bs_val"),
+    *("probe_ignore_z", "probe_augs_per_image", "global_pool", "ex_for_mse_loss", "z_per_ex_loss", "eval_bs"),
+    *("ex_for_vis_tr", "ex_for_vis_te", "z_per_ex_vis", "steps_per_eval", "get_mae_baseline"),
+    *("save_folder", "suffix", "uid", "resume", "save_iter", "save_minutes", "wandb", "notes", "mae_weights"),
+}
+
+
+def locate_run(script, flags):
+    """(folder, checkpoint or None): of the run with these flags' uid, or that --resume names, where it stood; else a new one."""
+    models = Path(flags.save_folder).expanduser() / "models"
+    if flags.resume:
+        folder = Path(flags.resume).absolute().parent.parent
+    else:
+        folder = next(iter(sorted(models.glob(f"*-{glob.escape(flags.uid)}"))), models / run_name(script, flags))
+    if not folder.exists():
+        return folder, None
+    path, checkpoint = newest_checkpoint(folder)
+    if flags.resume and (path is None or not path.samefile(flags.resume)):
+        raise InputError(f"--resume {flags.resume}: is not the newest checkpoint of its run, which is {path}")
+    if checkpoint is None:
+        say(f"note: {folder} has no checkpoint yet: starting over")
+        return folder, None
+    new, old = vars(flags), checkpoint["args"]
+    changed = [name for name in new if name not in CHANGEABLE and new[name] != old.get(name)]
+    if changed:
+        shown = ", ".join(f"--{name} was {old.get(name)}, is {new[name]}" for name in changed)
+        raise InputError(f"--uid {flags.uid}: a run of this name was started with other flags ({shown}): choose another --uid")
+    for name in ("epochs",):
+        if new[name] != old[name]:
+            say(f"note: --{name} was {old[name]}, is {new[name]}")
+    return folder, checkpoint
+
+
+def describe_run(flags):
+    """What config.json holds: resolved flags, versions, git commit, command."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )
+    packages = ("torch", "torchvision", "timm", "numpy", "pillow")
+    return {
+        "flags": vars(flags),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "git_commit": git.stdout.strip() or None,
+        "command": shlex.join([sys.executable, *sys.argv]),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: tensors and plain data only, so that torch.load(weights_only=True) reads them.
+
+
+def write_atomically(path, content):
+    """Writes bytes, or what `content(file)` writes: all of it or, whatever happens, nothing."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            content(file) if callable(content) else file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, state):
+    """Saves a dict of tensors and plain data."""
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def read_checkpoint(path):
+    """The dict in a checkpoint of ours or of facebookresearch/mae, whose training files hold an argparse.Namespace; an InputError
+    where it is missing, damaged, or wants to run code."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise InputError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    try:
+        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
+            raise InputError(f"{path} is damaged: its part {bad} has a wrong checksum")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        reason = "it holds more than tensors and plain data, or is no checkpoint"
+        raise InputError(f"{path} was refused: {reason}") from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
+    return content
+
+
+def newest_checkpoint(folder):
+    """(path, content) of the newest checkpoint in a run's folder that can be read, else (None, None)."""
+    for path in sorted(Path(folder, "checkpoints").glob("step_*.pt"), reverse=True):
+        try:
+            return path, read_checkpoint(path)
+        except InputError as error:
+            say(f"warning: {error}; using the one before")
+    return None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights to start from.
+
+MAE_ADDRESS = "https://dl.fbaipublicfiles.com/mae/"
+PUBLISHED = {  # of facebookresearch/mae, CC-BY-NC 4.0; see its issues 3 and 8
+    "vit_base": "pretrain/mae_pretrain_vit_base_full.pth",
+    "vit_large": "pretrain/mae_pretrain_vit_large_full.pth",
+    "vit_huge": "pretrain/mae_pretrain_vit_huge_full.pth",
+    "vit_base_vis": "visualize/mae_visualize_vit_base.pth",
+}
+
+
+def published_weights(arch, folder="mae_checkpoints"):
+    """The path of the published MAE weights for an arch, fetched on first use; an InputError says what to do where that fails."""
+    if arch not in PUBLISHED:
+        raise InputError(
+            f"--finetune 1: there are no published weights for --arch {arch} (only for {', '.join(PUBLISHED)}); "
+            "name a file with --mae_weights, or train from scratch with --finetune 0"
+        )
+    address = MAE_ADDRESS + PUBLISHED[arch]
+    path = Path(folder) / Path(address).name
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            say(f"fetching {address} to {path}")
+            torch.hub.download_url_to_file(address, str(path), progress=sys.stderr.isatty())
+        except OSError as error:
+            raise InputError(
+                f"--finetune 1: could not fetch {address} ({error}); fetch it elsewhere and put it at {path}, "
+                "name another file with --mae_weights, or train from scratch with --finetune 0"
+            ) from None
+    return str(path)
+
+
+SIZES = ("patch_size", "dim", "depth", "num_heads", "decoder_dim", "decoder_depth", "decoder_num_heads")
+
+
+def load_model(source, **overrides):
+    """An ImplicitMAE with the weights in a file of ours or in facebookresearch/mae's layout; `overrides` replace fields of its
+    ModelConfig. An InputError where its sizes are not those that the overrides ask for."""
+    content = read_checkpoint(source)
+    state = content.get("model", content)
+    heads = {name: overrides[name] for name in ("num_heads", "decoder_num_heads") if name in overrides}
+    try:
+        config = ModelConfig(**content["config"]) if "config" in content else infer_config(state, **heads)
+        wanted = dataclasses.replace(config, **overrides)
+        for name in SIZES:
+            if getattr(config, name) != getattr(wanted, name):
+                raise InputError(f"its {name} is {getattr(config, name)}, expected was {getattr(wanted, name)}")
+        model = build(wanted)
+        if not load_weights(model, state, config.grid) and model.code_dim:
+            say(f"note: the injections start fresh: {source} has none, or others")
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    return model
+
+
+# -------------------------------------------------------------------------------------------------
+# How a program ends.
+
+
+def sample_dtype(name, device):
+    """--sample_dtype as a torch.dtype, for a device."""
+    return fastest_dtype(device) if name == "auto" else getattr(torch, name)
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved where it stands."""
+
+
+class StopSignal:
+    """Inside `with`, SIGTERM and SIGINT ask the run to stop after its gradient step; a second one stops it at once."""
+
+    def __enter__(self):
+        self.signal = 0
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, _):
+        """The handler."""
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        say("asked to stop: saving after this step (ask again to stop at once)")
+
+    def asked(self):
+        """Whether any process was asked to stop; all processes must call it together."""
+        asked = torch.tensor(self.signal)
+        sum_over_processes(asked)
+        return bool(asked)
+
+
+def run_command(command):
+    """Runs a program's function and turns its errors into a line and an exit status: 2 for bad input, 1 for a run that can't
+    go on, 130 for an interruption, 0 for a run that stopped as it was asked to."""
+    try:
+        command()
+    except InputError as error:
+        # A loader's worker wraps the message in its traceback; it is the last line.
+        message = str(error).strip().splitlines()[-1].split("ImageError: ")[-1]
+        sys.exit(fail(message, 2))
+    except RunError as error:
+        sys.exit(fail(str(error), 1))
+    except Stopped as stopped:
+        say(stopped)
+    except KeyboardInterrupt:
+        sys.exit(fail("interrupted", 130))
+
+
+def fail(message, status):
+    """Prints an error as one line; the exit status."""
+    print(f"error: {message}", file=sys.stderr)
+    return status

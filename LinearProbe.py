@@ -1,0 +1,186 @@
+"""Linear probes: how much of the classes an encoder's features hold, for a linear head and for nearest neighbours."""
+
+import json
+import sys
+
+import torch
+import torch.nn.functional as F
+
+import Data
+import Flags
+import IO
+from Augmentation import augment, center_crop, normalize, resize
+from Utils import (
+    InputError,
+    Stream,
+    autocast,
+    join_processes,
+    launch,
+    learning_rate,
+    mix_seeds,
+    permutation,
+    sum_over_processes,
+)
+
+
+def linear_probe(
+    features, labels, features_test, labels_test, *, lr=1e-3, epochs=100, batch_size=16, weight_decay=0.01, seed=0
+):
+    """Trains a linear head on features (n, C), labels (n,) by AdamW (warm-up of a tenth, cosine decay), and evaluates it.
+
+    Returns accuracies as fractions: top1, top5, and knn of `nearest_neighbors`, which needs no training. Features are
+    standardised by the training features' mean and deviation. Its random numbers are its own."""
+    mean, std = features.mean(0), features.std(0) + 1e-6
+    features, features_test = (features - mean) / std, (features_test - mean) / std
+    n, n_classes = len(features), int(max(labels.max(), labels_test.max())) + 1
+    weight = torch.zeros(n_classes, features.shape[1], device=features.device, requires_grad=True)
+    bias = torch.zeros(n_classes, device=features.device, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight, bias], weight_decay=weight_decay, fused=True)
+    steps = epochs * -(-n // batch_size)
+    step = 0
+    for epoch in range(epochs):
+        order = permutation(n, mix_seeds(seed, Stream.PROBE, epoch)).to(features.device)
+        for batch in order.split(batch_size):
+            optimizer.param_groups[0]["lr"] = learning_rate(
+                step, base=lr, minimum=0, start=0, ramp=steps // 10, total=steps, cycles=1
+            )
+            loss = F.cross_entropy(F.linear(features[batch], weight, bias), labels[batch])
+            weight.grad, bias.grad = torch.autograd.grad(loss, [weight, bias])
+            optimizer.step()
+            step += 1
+    with torch.no_grad():
+        ranked = F.linear(features_test, weight, bias).argsort(dim=1, descending=True)  # (n_test, n_classes)
+    hits = ranked[:, :5] == labels_test[:, None]
+    return {
+        "top1": hits[:, 0].float().mean().item(),
+        "top5": hits.any(1).float().mean().item(),
+        "knn": nearest_neighbors(features, labels, features_test, labels_test),
+    }
+
+
+def nearest_neighbors(features, labels, features_test, labels_test, k=20, temperature=0.07):
+    """The accuracy of the k nearest training features' vote by cosine similarity (Wu et al. 2018, section 3.4), a fraction."""
+    features, features_test = F.normalize(features, dim=1), F.normalize(features_test, dim=1)
+    votes = F.one_hot(labels).float()
+    right = 0
+    for test, truth in zip(features_test.split(1024), labels_test.split(1024), strict=True):
+        similarity, nearest = (test @ features.T).topk(min(k, len(features)), dim=1)
+        scores = ((similarity / temperature).exp()[..., None] * votes[nearest]).sum(1)  # (n, n_classes)
+        right += (scores.argmax(1) == truth).sum()
+    return (right / len(labels_test)).item()
+
+
+@torch.no_grad()
+def extract_features(model, loader, indices, seeds, *, device, dtype, batch_size, global_pool=True, ignore_codes=True):
+    """The encoder's features (n, C) float32 of images indices (n,), cropped by seeds (n,): the mean of the patch tokens, or
+    the class token. Every process computes its share and gets all."""
+    features = torch.zeros(len(indices), model.config.dim, device=device)
+    chunks = loader.chunks(indices, seeds, batch_size)
+    with autocast(device, dtype):
+        for rows, images in IO.watch(chunks, "probe features", len(indices)):
+            codes = None if ignore_codes else model.sample_codes(seeds[rows].to(device), 1)[:, 0]
+            tokens = model.encode(normalize(images.to(device, non_blocking=True)), codes)
+            features[rows] = (tokens[:, 1:].mean(1) if global_pool else tokens[:, 0]).float()
+    sum_over_processes(features)
+    return features
+
+
+class FastProbe:
+    """The few-shot probe that watches training. Its images are chosen once; a call with a model gives its accuracies."""
+
+    def __init__(
+        self,
+        images_tr,
+        images_val,
+        *,
+        n_way,
+        n_shot,
+        augs_per_image,
+        transform_tr,
+        transform_te,
+        num_workers,
+        seed,
+        **options,
+    ):
+        """n_way and n_shot are maxima; options: `device`, `dtype`, `batch_size`, `global_pool`, `ignore_codes` of
+        extract_features, and `head`, the keywords of linear_probe."""
+        n_classes = len(images_tr.classes)
+        if n_classes < 2:
+            raise InputError(
+                f"a linear probe needs two classes, there is {n_classes} (--fast_linear_probe 0 does without)"
+            )
+        counts = torch.bincount(torch.as_tensor(images_tr.targets))
+        ways, shots = min(n_way, n_classes), min(n_shot, int(counts.min()))
+        if (ways, shots) != (n_way, n_shot):
+            IO.say(f"note: the probe has {ways} classes (--val_n_way) with {shots} images each (--val_n_shot)")
+        train = Data.few_shot(images_tr, ways, shots, seed)
+        test = Data.with_classes(images_val, train.classes)
+        self.sets = []  # (loader, indices, seeds, labels) for training and for the test
+        for images, transform, copies in ((train, transform_tr, augs_per_image), (test, transform_te, 1)):
+            indices = torch.arange(len(images)).repeat(copies)
+            seeds = mix_seeds(seed, Stream.PROBE, indices, Data.occurrences(indices))
+            loader = Data.ImageLoader(images, transform, num_workers=num_workers)
+            labels = torch.as_tensor(images.targets)[indices].to(options["device"])
+            self.sets.append((loader, indices, seeds, labels))
+        self.head = {"seed": seed, **options.pop("head")}
+        self.options = options
+
+    @property
+    def sizes(self):
+        """Numbers of training and test images."""
+        return tuple(len(indices) for _, indices, _, _ in self.sets)
+
+    def __call__(self, model):
+        """{"top1", "top5", "knn"} of the model's encoder, fractions."""
+        (features, labels), (features_test, labels_test) = (
+            (extract_features(model, loader, indices, seeds, **self.options), labels)
+            for loader, indices, seeds, labels in self.sets
+        )
+        return linear_probe(features, labels, features_test, labels_test, **self.head)
+
+
+def fast_probe(flags, images_tr, images_val, size, device, dtype):
+    """The FastProbe that the probe's flags ask for."""
+    test = center_crop(size) if flags.use_augs else resize(size)
+    return FastProbe(
+        images_tr,
+        images_val,
+        n_way=flags.val_n_way,
+        n_shot=flags.val_n_shot,
+        augs_per_image=flags.probe_augs_per_image,
+        transform_tr=augment(size) if flags.use_augs else resize(size),
+        transform_te=test,
+        num_workers=flags.num_workers,
+        seed=flags.seed,
+        device=device,
+        dtype=dtype,
+        batch_size=flags.probe_bs_val,
+        global_pool=bool(flags.global_pool),
+        ignore_codes=bool(flags.probe_ignore_z),
+        head={"lr": flags.probe_lr, "epochs": flags.probe_epochs, "batch_size": flags.probe_bs},
+    )
+
+
+def main(argv=None):
+    """Probes the encoder of a checkpoint; the last line of the output is a JSON object."""
+    IO.run_command(lambda: start(Flags.parse_probe_flags(argv)))
+
+
+def start(flags):
+    """Opens the data and runs the probe in as many processes as there are devices."""
+    images = Data.open_pair(flags.data_tr, flags.data_val, flags.train_n_way, flags.train_n_shot, flags.seed)
+    launch(run, flags.gpus, flags, *images)
+
+
+def run(flags, images_tr, images_val):
+    """One process of the probe."""
+    device = join_processes(flags.gpus)
+    dtype = IO.sample_dtype(flags.sample_dtype, device)
+    model = IO.load_model(flags.model).to(device).eval()
+    probe = fast_probe(flags, images_tr, images_val, model.config.image_size, device, dtype)
+    n_train, n_val = probe.sizes
+    IO.say(json.dumps({"model": flags.model, **probe(model), "n_train": n_train, "n_val": n_val}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

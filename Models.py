@@ -1,0 +1,484 @@
+"""A masked autoencoder (He et al. 2022) with latent codes injected into its blocks: pure tensors in and out.
+
+Letters in shapes: N images, K codes per image, L patches, V visible and M masked ones (V + M = L), T tokens, C channels,
+D numbers per code, P pixels along a patch."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed
+from timm.models.vision_transformer import Block
+
+from Augmentation import denormalize, normalize
+from Utils import InputError, Stream, mix_seeds, random_normal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and options of a model; saved in every checkpoint, so that the model can be built again from it."""
+
+    image_size: tuple[int, int] = (224, 224)  # height, width
+    patch_size: int = 16
+    dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    decoder_dim: int = 512
+    decoder_depth: int = 8
+    decoder_num_heads: int = 16
+    norm_pix_loss: bool = True  # what the predictions are trained to be: patches normalised one by one, or raw pixels
+    ip_spec: tuple[tuple[int | str, str], ...] = ()  # (place, method): block 0..., decoder blocks from `depth` on, "mask"
+    latent_dim: int = 512
+    mapping_net_layers: int = 8
+    mapping_net_h_dim: int = 512
+    mapping_net_lrmul: float = 0.01
+    act_type: str = "leakyrelu"
+    adain_init: str = "original"
+
+    @property
+    def grid(self):
+        """Patches along the height and the width."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+
+# To add a size, add a row. The published MAEs share one decoder (He et al. 2022, section 4); tiny and small are timm's widths.
+PRESETS = {
+    "vit_base": ModelConfig(),
+    "vit_base_vis": ModelConfig(norm_pix_loss=False),
+    "vit_large": ModelConfig(dim=1024, depth=24, num_heads=16),
+    "vit_huge": ModelConfig(patch_size=14, dim=1280, depth=32, num_heads=16),
+    "vit_tiny": ModelConfig(dim=192, num_heads=3),
+    "vit_small": ModelConfig(dim=384, num_heads=6),
+    "vit_demo": ModelConfig(
+        (32, 32), 4, dim=128, depth=4, num_heads=4, decoder_dim=64, decoder_depth=2, decoder_num_heads=4
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Injection: how a code changes the tokens of a place in the network.
+
+ACTIVATIONS = {"leakyrelu": partial(nn.LeakyReLU, 0.2), "relu": nn.ReLU, "gelu": nn.GELU}
+
+
+class PixelNorm(nn.Module):
+    """Divides codes by their root mean square (Karras et al. 2018, section 4.2)."""
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-8)
+
+
+class EqualizedLinear(nn.Module):
+    """A linear layer whose weights are drawn with std 1/lrmul and scaled at run time by sqrt(2/fan_in)*lrmul (StyleGAN,
+    Karras et al. 2019). Adam's steps then are a share of about lr*lrmul of a weight."""
+
+    def __init__(self, n_in, n_out, lrmul):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_out, n_in) / lrmul)
+        self.bias = nn.Parameter(torch.zeros(n_out))
+        self.scale, self.lrmul = math.sqrt(2 / n_in) * lrmul, lrmul
+
+    def forward(self, x):
+        return F.linear(x, self.weight * self.scale, self.bias * self.lrmul)
+
+
+def mapping_net(config, n_out):
+    """Codes (..., latent_dim) -> (..., n_out). With adain_init="identity" its outputs start at zero."""
+    sizes = [config.latent_dim, *[config.mapping_net_h_dim] * (config.mapping_net_layers - 1), n_out]
+    layers = [PixelNorm()]
+    for n_in, n_next in zip(sizes, sizes[1:], strict=False):
+        layers += [EqualizedLinear(n_in, n_next, config.mapping_net_lrmul), ACTIVATIONS[config.act_type]()]
+    if config.adain_init == "identity":
+        layers.pop()
+        nn.init.zeros_(layers[-1].weight)
+    return nn.Sequential(*layers)
+
+
+class AdaIN(nn.Module):
+    """One shift and one scale per channel, the same for all tokens."""
+
+    after_norm = False
+
+    def __init__(self, config, channels, n_positions):
+        super().__init__()
+        self.code_dim = config.latent_dim
+        self.mapping = mapping_net(config, 2 * channels)
+
+    def forward(self, tokens, codes, positions):
+        shift, scale = self.mapping(codes)[:, :, None].chunk(2, dim=-1)  # (N, K, 1, C)
+        return tokens * (1 + scale) + shift
+
+
+class LocalAdaIN(nn.Module):
+    """One shift and one scale per token, the same for all channels. A LayerNorm would cancel it: it acts behind."""
+
+    after_norm = True
+
+    def __init__(self, config, channels, n_positions):
+        super().__init__()
+        self.code_dim = config.latent_dim
+        self.mapping = mapping_net(config, 2 * n_positions)
+
+    def forward(self, tokens, codes, positions):
+        pairs = self.mapping(codes).unflatten(-1, (-1, 2))  # (N, K, 1+L, 2)
+        shift, scale = pick(pairs, positions).chunk(2, dim=-1)  # (N, K, T, 1)
+        return tokens * (1 + scale) + shift
+
+
+class Add(nn.Module):
+    """A code as large as all tokens, added to them."""
+
+    after_norm = False
+
+    def __init__(self, config, channels, n_positions):
+        super().__init__()
+        self.code_dim = n_positions * channels
+        self.channels = channels
+
+    def forward(self, tokens, codes, positions):
+        return tokens + pick(codes.unflatten(-1, (-1, self.channels)), positions)
+
+
+# To add a method of injection, write a class like those above and name it here. It is built with the config, the channels C
+# of its place and the number of positions 1+L, and called with tokens (N, K or 1, T, C), codes (N, K, code_dim) and
+# the tokens' positions (N, T): 0 for the class token, 1... for the patches in raster order. It returns (N, K, T, C).
+INJECTIONS = {"adain": AdaIN, "local_adain": LocalAdaIN, "add": Add}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pick(values, indices):
+    """values (N, K, T, C), indices (N, S) into T -> (N, K, S, C)."""
+    n, k, _, c = values.shape
+    return values.gather(2, indices[:, None, :, None].expand(n, k, -1, c))
+
+
+def patchify(images, patch_size):
+    """images (N, 3, H, W) -> (N, L, P*P*3), patches in raster order."""
+    n, c, h, w = images.shape
+    x = images.reshape(n, c, h // patch_size, patch_size, w // patch_size, patch_size)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, patch_size**2 * c)
+
+
+def unpatchify(patches, grid):
+    """patches (..., L, P*P*3) -> images (..., 3, H, W) for a grid of (rows, columns) of patches."""
+    patch_size = math.isqrt(patches.shape[-1] // 3)
+    x = patches.unflatten(-1, (patch_size, patch_size, 3)).unflatten(-4, grid)
+    x = x.movedim(-1, -5).movedim(-3, -2)  # (..., 3, rows, P, columns, P)
+    return x.flatten(-4, -3).flatten(-2, -1)
+
+
+def patch_statistics(patches):
+    """Mean and standard deviation of each patch, as norm_pix_loss takes them (unbiased variance + 1e-6)."""
+    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def target_patches(images, patch_size, norm_pix_loss):
+    """What predictions are compared with: (N, L, P*P*3)."""
+    # To learn something else than pixels, change this function (and decoder_pred's width).
+    patches = patchify(images, patch_size)
+    if norm_pix_loss:
+        mean, std = patch_statistics(patches)
+        patches = (patches - mean) / std
+    return patches
+
+
+def masked_patches(mask, n_masked):
+    """mask (N, L), 1 = removed -> indices (N, M) of the removed patches in raster order."""
+    return mask.argsort(dim=1, descending=True, stable=True)[:, :n_masked]
+
+
+def reconstruction_loss(pred, images, mask, norm_pix_loss=True):
+    """Mean squared error over each image's masked patches (MAE, section 3): (N,) for pred (N, L or M, P*P*3), (N, K) for
+    (N, K, L or M, P*P*3). images (N,3,H,W) normalised; mask (N,L), 1 = removed; all images have M removed patches."""
+    codes = pred if pred.ndim == 4 else pred[:, None]
+    target = target_patches(images, math.isqrt(pred.shape[-1] // 3), norm_pix_loss)[:, None]  # (N, 1, L, P*P*3)
+    if pred.shape[-2] == mask.shape[1]:
+        # To try another loss, change the two lines that take a square.
+        losses = (codes - target).square().mean(-1)  # (N, K, L)
+        losses = (losses * mask[:, None]).sum(-1) / mask.sum(-1)[:, None]
+    else:
+        target = pick(target, masked_patches(mask, pred.shape[-2]))  # (N, 1, M, P*P*3)
+        losses = (codes - target).square().mean((-1, -2))
+    return losses if pred.ndim == 4 else losses[:, 0]
+
+
+class Prefix(NamedTuple):
+    """What is computed once per image, before the first injection."""
+
+    tokens: torch.Tensor  # (N, 1, T, C)
+    positions: torch.Tensor  # (N, 1+L): the class token's, the visible patches', the masked ones' in raster order
+    mask: torch.Tensor  # (N, L), 1 = removed
+    n_visible: int  # V
+
+
+class Step(NamedTuple):
+    """A part of the network: tokens (N, 1 or K, T, C), codes (N, K, D) or None, positions (N, 1+L) -> tokens."""
+
+    run: Callable
+    reads_codes: bool = False
+
+
+def each_code(block, tokens):
+    """Runs a block of timm's, which knows nothing of codes, on tokens (N, K, T, C)."""
+    return block(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+
+
+class ImplicitMAE(nn.Module):
+    """A masked autoencoder whose completions depend on latent codes. Without codes, or with an empty ip_spec, it is MAE,
+    and its parameters have the names of facebookresearch/mae; those of injections are `injections.PLACE.*`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        c, norm = config, partial(nn.LayerNorm, eps=1e-6)
+        length = c.grid[0] * c.grid[1]
+        self.patch_embed = PatchEmbed(c.image_size, c.patch_size, 3, c.dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.dim))
+        self.pos_embed = nn.Parameter(sincos_position_embedding(c.grid, c.dim), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(c.dim, c.num_heads, qkv_bias=True, norm_layer=norm) for _ in range(c.depth)
+        )
+        self.norm = norm(c.dim)
+        self.decoder_embed = nn.Linear(c.dim, c.decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_dim))
+        self.decoder_pos_embed = nn.Parameter(sincos_position_embedding(c.grid, c.decoder_dim), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(
+            Block(c.decoder_dim, c.decoder_num_heads, qkv_bias=True, norm_layer=norm) for _ in range(c.decoder_depth)
+        )
+        self.decoder_norm = norm(c.decoder_dim)
+        self.decoder_pred = nn.Linear(c.decoder_dim, c.patch_size**2 * 3)
+        self._initialize()
+
+        self.injections = nn.ModuleDict()
+        self.code_slices = {}  # place -> its part of a code
+        self.code_dim = 0  # D
+        for place, method in c.ip_spec:
+            in_encoder = place != "mask" and place < c.depth
+            injection = INJECTIONS[method](c, c.dim if in_encoder else c.decoder_dim, 1 + length)
+            self.injections[str(place)] = injection
+            self.code_slices[place] = slice(self.code_dim, self.code_dim + injection.code_dim)
+            self.code_dim += injection.code_dim
+
+    def _initialize(self):
+        """MAE's initial values."""
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.config.dim, -1))
+
+    # The network is a list of steps, which is split in front of the first that reads codes.
+
+    def _inject(self, place):
+        """The step that injects codes at a place, as a list of one; empty where nothing is injected."""
+        if place not in self.code_slices:
+            return []
+
+        def inject(tokens, codes, positions):
+            if codes is None:
+                return tokens
+            codes = codes[..., self.code_slices[place]]
+            return self.injections[str(place)](tokens, codes, positions[:, : tokens.shape[2]])
+
+        return [Step(inject, reads_codes=True)]
+
+    def _block_steps(self, blocks, first_place, norm):
+        """Blocks, each followed by its injection, and the norm behind the last."""
+        steps = []
+        for place, block in enumerate(blocks, first_place):
+            steps += [Step(lambda x, *_, block=block: each_code(block, x)), *self._inject(place)]
+        behind_norm = place in self.code_slices and self.injections[str(place)].after_norm
+        steps.insert(len(steps) - behind_norm, Step(lambda x, *_: norm(x)))
+        return steps
+
+    def _encoder_steps(self):
+        return self._block_steps(self.blocks, 0, self.norm)
+
+    def _decoder_steps(self):
+        return [
+            Step(lambda x, *_: self.decoder_embed(x)),
+            Step(self._append_mask_tokens, reads_codes="mask" in self.code_slices),
+            *self._block_steps(self.decoder_blocks, len(self.blocks), self.decoder_norm),
+        ]
+
+    def _append_mask_tokens(self, tokens, codes, positions):
+        """(N, 1 or K, 1+V, C) -> (N, 1 or K, 1+L, C) in the order of `positions`, with position embeddings."""
+        n, _, n_visible, channels = tokens.shape
+        masked = positions[:, n_visible:]  # (N, M)
+        mask_tokens = self.mask_token[None].expand(n, 1, masked.shape[1], channels)
+        for inject in self._inject("mask"):
+            mask_tokens = inject.run(mask_tokens, codes, masked)
+        k = max(tokens.shape[1], mask_tokens.shape[1])
+        tokens = torch.cat([tokens.expand(-1, k, -1, -1), mask_tokens.expand(-1, k, -1, -1)], dim=2)
+        return tokens + self.decoder_pos_embed[0][positions][:, None]
+
+    def _embed(self, images, positions):
+        """images (N,3,H,W) -> class token and the patches at positions[:, 1:], embedded: (N, 1, T, C)."""
+        patches = self.patch_embed(images) + self.pos_embed[:, 1:]
+        patches = pick(patches[:, None], positions[:, 1:] - 1)
+        class_token = (self.cls_token + self.pos_embed[:, :1])[None].expand(len(images), -1, -1, -1)
+        return torch.cat([class_token, patches], dim=2)
+
+    def _split(self):
+        """The steps before the first that reads codes, and the others."""
+        steps = self._encoder_steps() + self._decoder_steps()
+        first = next((i for i, step in enumerate(steps) if step.reads_codes), len(steps))
+        return steps[:first], steps[first:]
+
+    def prefix(self, images, mask_noise, mask_ratio=0.75):
+        """images (N,3,H,W) normalised, mask_noise (N,L) -> what no code changes: a Prefix for `suffix`."""
+        n, length = mask_noise.shape
+        n_visible = int(length * (1 - mask_ratio))
+        order = mask_noise.argsort(dim=1, stable=True)
+        visible, masked = order[:, :n_visible], order[:, n_visible:].sort(dim=1).values
+        mask = torch.ones_like(mask_noise).scatter_(1, visible, 0)
+        positions = F.pad(torch.cat([visible, masked], dim=1) + 1, (1, 0))  # (N, 1+L), 0: the class token
+        tokens = self._embed(images, positions[:, : 1 + n_visible])
+        for step in self._split()[0]:
+            tokens = step.run(tokens, None, positions)
+        return Prefix(tokens, positions, mask, n_visible)
+
+    def suffix(self, prefix, codes, masked_only=True):
+        """Predictions (N, K, M or L, P*P*3) in raster order for codes (N, K, D); without codes there is no K."""
+        tokens = prefix.tokens
+        for step in self._split()[1]:
+            tokens = step.run(tokens, codes, prefix.positions)
+        if masked_only:
+            pred = self.decoder_pred(tokens[:, :, 1 + prefix.n_visible :])
+        else:
+            pred = pick(self.decoder_pred(tokens[:, :, 1:]), prefix.positions[:, 1:].argsort(dim=1))
+        return pred[:, 0] if codes is None else pred
+
+    def forward(self, images, mask_noise, codes=None, mask_ratio=0.75, masked_only=False):
+        """images (N,3,H,W) normalised, mask_noise (N,L) whose argsort is the mask as in MAE, codes (N,K,D) or None ->
+        pred (N, K, L, P*P*3), without codes (N, L, P*P*3); mask (N, L), 1 = removed."""
+        prefix = self.prefix(images, mask_noise, mask_ratio)
+        return self.suffix(prefix, codes, masked_only), prefix.mask
+
+    def encode(self, images, codes=None):
+        """images (N,3,H,W) normalised, codes (N, D) or None -> unmasked tokens (N, 1+L, C) after the encoder's norm."""
+        length = self.pos_embed.shape[1]
+        positions = torch.arange(length, device=images.device).expand(len(images), -1)
+        tokens = self._embed(images, positions)
+        for step in self._encoder_steps():
+            tokens = step.run(tokens, None if codes is None else codes[:, None], positions)
+        return tokens[:, 0]
+
+    def sample_codes(self, seeds, k, first=0):
+        """seeds (N,) int64 -> codes (N, k, D) from the prior N(0, I): numbers `first` to `first + k` of each seed's."""
+        codes = random_normal(mix_seeds(seeds, Stream.CODE), k * self.code_dim, first * self.code_dim)
+        return codes.unflatten(1, (k, self.code_dim))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sincos_position_embedding(grid, dim):
+    """Fixed 2-D sine-cosine embedding (1, 1+L, dim), zero for the class token, in MAE's order (the column's half first)."""
+    x = build_sincos2d_pos_embed(list(grid), dim)  # (L, dim) as sin(row), sin(column), cos(row), cos(column)
+    x = x.unflatten(1, (2, 2, -1)).transpose(1, 2).flip(1).flatten(1)
+    return F.pad(x, (0, 0, 1, 0))[None]
+
+
+def build(config):
+    """An ImplicitMAE with fresh weights, drawn from torch's global generator."""
+    return ImplicitMAE(config)
+
+
+def parameter_groups(model, weight_decay):
+    """Groups for AdamW: of the MAE ("mae") and of the injections ("z"), each with decay and, for biases, norms and
+    tokens, without. Frozen position embeddings are left out."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = "z" if name.startswith("injections.") else "mae"
+            decay = 0.0 if parameter.ndim < 2 or name.endswith("_token") else weight_decay
+            group = groups.setdefault((part, decay), {"params": [], "part": part, "weight_decay": decay})
+            group["params"].append(parameter)
+    return list(groups.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights from elsewhere.
+
+
+def infer_config(state, **overrides):
+    """The ModelConfig of a state dict in facebookresearch/mae's layout, read off its shapes. What they can't tell, the numbers
+    of heads, comes from the preset that fits or from `overrides`."""
+    try:
+        dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+        length = state["pos_embed"].shape[1] - 1
+        decoder_dim = state["decoder_embed.weight"].shape[0]
+    except KeyError as error:
+        raise InputError(f"not the weights of a masked autoencoder: there is no {error} in them") from None
+    side = math.isqrt(length)
+    if side**2 != length and "image_size" not in overrides:
+        raise InputError(f"these weights have {length} positions, not a square: give image_size=(height, width)")
+    sizes = {
+        "dim": dim,
+        "depth": count_blocks(state, "blocks"),
+        "decoder_dim": decoder_dim,
+        "decoder_depth": count_blocks(state, "decoder_blocks"),
+        "patch_size": patch_size,
+    }
+    fits = [p for p in PRESETS.values() if all(getattr(p, name) == size for name, size in sizes.items())]
+    heads = {name: getattr(fits[0], name) for name in ("num_heads", "decoder_num_heads")} if fits else {}
+    known = {"image_size": (side * patch_size, side * patch_size), **sizes, **heads, **overrides}
+    if not {"num_heads", "decoder_num_heads"} <= known.keys():
+        shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise InputError(f"no preset has these sizes ({shown}): give num_heads and decoder_num_heads")
+    return ModelConfig(**known)
+
+
+def count_blocks(state, name):
+    """How many blocks `name`.0, `name`.1, ... a state dict has."""
+    return len({key.split(".")[1] for key in state if key.startswith(f"{name}.")})
+
+
+def load_weights(model, state, grid):
+    """Copies a state dict in facebookresearch/mae's layout, or our own, into the model; position embeddings, made for `grid`, are
+    resampled to the model's. Injections are taken over where all of them fit and else stay fresh; True if they were."""
+    own = model.state_dict()
+    state = dict(state)
+    for name in ("pos_embed", "decoder_pos_embed"):
+        if name in state and state[name].ndim == 3:
+            state[name] = resample_abs_pos_embed(state[name], list(model.config.grid), list(grid))
+    injected = {name for name in own if name.startswith("injections.")}
+    offered = {name: state.pop(name) for name in list(state) if name.startswith("injections.")}
+    fits = offered.keys() == injected and all(offered[n].shape == own[n].shape for n in injected)
+    expected = own.keys() - injected
+    wrong = [n for n in sorted(expected & state.keys()) if state[n].shape != own[n].shape]
+    missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
+    for names, what in ((missing, "missing"), (unexpected, "unexpected"), (wrong, "of another shape")):
+        if names:
+            first = names[0]
+            shapes = f": {tuple(state[first].shape)} instead of {tuple(own[first].shape)}" if names is wrong else ""
+            raise InputError(f"weights do not fit the model: {len(names)} {what}, first {first}{shapes}")
+    model.load_state_dict({**state, **(offered if fits else {})}, strict=False)
+    return fits
+
+
+@torch.no_grad()
+def completions(model, images, mask_noise, codes, mask_ratio):
+    """images (N,3,H,W) normalised, codes (N,K,D) or None -> pictures uint8 (N, 2 + K or 1, 3, H, W): image, masked image, the
+    completions with the visible patches pasted in. Predicted normalised patches get the true ones' mean and deviation."""
+    patch_size, grid = model.config.patch_size, model.config.grid
+    pred, mask = model(images, mask_noise, codes, mask_ratio)
+    pred = pred.float() if codes is not None else pred[:, None].float()  # (N, K, L, P*P*3)
+    true = patchify(images, patch_size)[:, None]
+    if model.config.norm_pix_loss:
+        mean, std = patch_statistics(true)
+        pred = pred * std + mean
+    removed = mask[:, None, :, None].bool()
+    gray = normalize(images.new_full((1, 3, 1, 1), 128)).flatten().repeat(patch_size**2)
+    columns = [true, torch.where(removed, gray, true), torch.where(removed, pred, true)]
+    return denormalize(unpatchify(torch.cat([c.expand(-1, -1, true.shape[2], -1) for c in columns], dim=1), grid))

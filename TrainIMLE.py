@@ -1,0 +1,583 @@
+"""Train a masked autoencoder, made implicit by latent codes, by Implicit Maximum Likelihood Estimation (Li & Malik 2018).
+
+For every image keep, of many codes, the one whose completion is nearest, and take gradient steps with it. Read `train` first,
+then `choose_codes`."""
+
+import dataclasses
+import math
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import Data
+import Flags
+import IO
+import LinearProbe
+from Augmentation import augment, center_crop, normalize, resize
+from Models import build, completions, parameter_groups, reconstruction_loss
+from Utils import (
+    InputError,
+    RunError,
+    Stream,
+    autocast,
+    fastest_dtype,
+    from_first_process,
+    join_processes,
+    launch,
+    learning_rate,
+    mix_seeds,
+    random_uniform,
+    sum_over_processes,
+    world_size,
+)
+
+# ---------------------------------------------------------------------------------------------------
+# The algorithm.
+
+
+def train(
+    model,
+    loader,
+    validate,
+    keeper,
+    progress,
+    *,
+    epochs,
+    images_per_epoch,
+    steps_per_epoch,
+    batch_size,
+    pooling,
+    sampling,
+    stepping,
+    rates,
+):
+    """Trains the model on the loader's images by IMLE, from where `progress` stands. `validate` and `keeper`, which logs and saves,
+    are told of every step and know what is due."""
+    network = distributed(model)
+    validate(model, progress)
+    for epoch in range(progress.epoch, epochs):
+        pool = Data.draw_pool(loader.images, images_per_epoch, epoch, **pooling)
+        codes = choose_pool_codes(model, pool, loader, progress, **sampling)
+        for batch in Data.minibatches(pool, codes, progress.step, steps_per_epoch, batch_size):
+            loss = train_step(network, batch, rates(progress.step), **stepping)
+            progress.step_done(loss)
+            keeper.after_step(progress)
+            validate(model, progress)
+        keeper.after_epoch(progress, rates(progress.step - 1))
+    keeper.save(progress)
+
+
+@torch.no_grad()
+def choose_codes(
+    model, images, mask_noise, seeds, *, codes_per_image, codes_per_pass, mask_ratio=0.75, prefix=None
+):
+    """IMLE's choice for one chunk on the model's device: of codes_per_image codes, each image's nearest.
+
+    images (N,3,H,W) normalised, mask_noise (N,L), seeds (N,) int64 -> chosen codes (N,D), their losses (N,), the mean loss over
+    all codes (N,). `prefix`: model.prefix of these images, where it is known. A non-finite loss never wins."""
+    prefix = model.prefix(images, mask_noise, mask_ratio) if prefix is None else prefix
+    best_losses = torch.full((len(images),), math.inf, device=images.device)
+    best_codes = torch.zeros(len(images), model.code_dim, device=images.device)
+    total = torch.zeros(len(images), device=images.device)
+    for codes, _, losses in code_passes(model, prefix, images, seeds, codes_per_image, codes_per_pass):
+        total += losses.sum(1)
+        losses, index = torch.where(losses.isfinite(), losses, math.inf).min(1)  # (N,)
+        chosen = codes.gather(1, index[:, None, None].expand(-1, 1, codes.shape[2]))[:, 0]  # (N, D)
+        best_codes = torch.where((losses < best_losses)[:, None], chosen, best_codes)
+        best_losses = torch.minimum(losses, best_losses)
+    return best_codes, best_losses, total / codes_per_image
+
+
+def code_passes(model, prefix, images, seeds, codes_per_image, codes_per_pass):
+    """Tries codes_per_image codes, codes_per_pass at a time: yields codes (N,k,D), predictions of the masked patches
+    (N,k,M,P*P*3), losses (N,k) float32."""
+    for first in range(0, codes_per_image, codes_per_pass):
+        codes = model.sample_codes(seeds, min(codes_per_pass, codes_per_image - first), first)
+        pred = model.suffix(prefix, codes)
+        yield codes, pred, image_losses(model, pred, images, prefix.mask)
+
+
+def image_losses(model, pred, images, mask):
+    """The loss that codes are chosen by and gradients are taken of: float32 (N,) or (N,K)."""
+    return reconstruction_loss(pred, images, mask, model.config.norm_pix_loss).float()
+
+
+def train_step(network, batch, rates, *, optimizer, scaler, batch_size, parts, dtype, mask_ratio, clip_grad):
+    """One gradient step on this process's share of a minibatch, computed in `parts`; the loss averaged over the whole minibatch.
+    A loss that is not finite raises a RunError, before the update."""
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["part"]]
+    optimizer.zero_grad()
+    model = getattr(network, "module", network)  # DDP's
+    device = model.pos_embed.device
+    total = torch.zeros((), device=device)
+    parts = batch.split(parts)
+    for part in parts:
+        images, mask_noise, codes = part.to(device)
+        waiting = part is not parts[-1] and network is not model  # gradients are exchanged with the last part
+        with network.no_sync() if waiting else nullcontext():
+            with autocast(device, dtype):
+                pred, mask = network(images, mask_noise, codes, mask_ratio, masked_only=True)
+                losses = image_losses(model, pred, images, mask)  # (n, 1), without codes (n,)
+            loss = losses.sum() / batch_size
+            scaler.scale(loss * world_size()).backward()  # DDP averages gradients over the processes
+        total += loss.detach()
+    sum_over_processes(total)
+    if not math.isfinite(loss := total.item()):
+        names = "\n  ".join(batch.names())
+        raise RunError(f"the training loss is {loss}; the weights are as before this step. Its images:\n  {names}")
+    if clip_grad:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+    scaler.step(optimizer)
+    scaler.update()
+    return loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pools and minibatches.
+
+
+def choose_pool_codes(
+    model,
+    pool,
+    loader,
+    progress,
+    *,
+    dtype,
+    images_per_pass,
+    codes_per_image,
+    codes_per_pass,
+    mask_ratio,
+    forecast,
+):
+    """Loads the pool's images and chooses a code for each: (n, D) on the host, None for a plain MAE. Codes and what to log about
+    them stand in `progress`, where a run that was resumed inside this epoch finds them."""
+    n, device = len(pool.indices), model.pos_embed.device
+    choosing = model.code_dim > 0 and progress.codes is None
+    codes = torch.zeros(n, model.code_dim, device=device)
+    losses = torch.zeros(n, 3, device=device)  # of the chosen code, mean over codes, without code
+    chunks = loader.chunks(pool.indices, pool.seeds, images_per_pass)
+    start = time.perf_counter()
+    for rows, images in IO.watch(chunks, "sampling codes" if choosing else "loading", n, forecast if choosing else None):
+        pool.images[rows] = images
+        if choosing:
+            with torch.no_grad(), autocast(device, dtype):
+                images = normalize(images.to(device, non_blocking=True))
+                mask_noise, seeds = pool.mask_noise[rows].to(device), pool.seeds[rows].to(device)
+                prefix = model.prefix(images, mask_noise, mask_ratio)
+                codes[rows], losses[rows, 0], losses[rows, 1] = choose_codes(
+                    model,
+                    images,
+                    mask_noise,
+                    seeds,
+                    codes_per_image=codes_per_image,
+                    codes_per_pass=codes_per_pass,
+                    prefix=prefix,
+                )
+                losses[rows, 2] = image_losses(model, model.suffix(prefix, None), images, prefix.mask)
+    sum_over_processes(pool.images, codes, losses)
+    if choosing:
+        best, mean, plain = losses.double().mean(0).tolist()
+        seconds = time.perf_counter() - start
+        progress.codes = codes.cpu()
+        progress.sampled = {
+            "sampling/first_losses": mean,
+            "sampling/end_losses": best,
+            "sampling/delta_wrt_no_z": best - plain,
+            "sampling/codes_per_sec": n * codes_per_image / seconds,
+        }
+    return progress.codes
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that a checkpoint needs beside model and optimizer."""
+
+    epoch: int = 0
+    step: int = 0  # gradient steps done
+    validated: int = -1  # the last step that was validated
+    codes: torch.Tensor | None = None  # chosen for the present epoch's pool
+    sampled: dict = field(default_factory=dict)  # what to log about them
+    losses: list = field(default_factory=list)  # of the present epoch's steps
+
+    def step_done(self, loss):
+        self.step += 1
+        self.losses.append(loss)
+
+    def epoch_done(self):
+        self.epoch += 1
+        self.codes, self.sampled, self.losses = None, {}, []
+
+
+# ---------------------------------------------------------------------------------------------------
+# Validation: deterministic, by test transforms and by masks and codes that are the same every time.
+
+
+@dataclass
+class Examples:
+    """Images to evaluate on, evenly spaced over a data set, with their loader and seeds."""
+
+    loader: Data.ImageLoader
+    indices: torch.Tensor  # (n,)
+    seeds: torch.Tensor  # (n,)
+
+
+def examples(images, count, *, transform, seed, num_workers):
+    """At most `count` images, evenly spaced, with seeds by their index alone."""
+    indices = torch.arange(min(count, len(images))) * len(images) // max(1, min(count, len(images)))
+    loader = Data.ImageLoader(images, transform, num_workers=num_workers)
+    return Examples(loader, indices, mix_seeds(seed, Stream.EVALUATION, indices))
+
+
+@torch.no_grad()
+def evaluate(model, images, mask_noise, seeds, *, codes_per_image, codes_per_pass, mask_ratio):
+    """(N, 4) for one chunk: loss averaged over codes, of the best code, without code; standard deviation of the completions over
+    codes, averaged over masked values. codes_per_image=0: without codes only."""
+    prefix = model.prefix(images, mask_noise, mask_ratio)
+    plain = model.suffix(prefix, None).float()  # (N, M, P*P*3)
+    plain_loss = image_losses(model, plain, images, prefix.mask)
+    if not codes_per_image:
+        return torch.stack([plain_loss, plain_loss, plain_loss, torch.zeros_like(plain_loss)], dim=1)
+    best, total = torch.full_like(plain_loss, math.inf), torch.zeros_like(plain_loss)
+    first_moment, second_moment = torch.zeros_like(plain), torch.zeros_like(plain)
+    for _, pred, losses in code_passes(model, prefix, images, seeds, codes_per_image, codes_per_pass):
+        best, total = torch.minimum(best, losses.min(1).values), total + losses.sum(1)
+        difference = pred.float() - plain[:, None]  # to the completion without code: small numbers square exactly
+        first_moment += difference.sum(1)
+        second_moment += difference.square().sum(1)
+    variance = second_moment / codes_per_image - (first_moment / codes_per_image).square()
+    spread = variance.clamp(min=0).sqrt().mean((1, 2))
+    return torch.stack([total / codes_per_image, best, plain_loss, spread], dim=1)
+
+
+@dataclass
+class Validation:
+    """What is evaluated, chosen once. Called at every step, it validates, logs and draws when that is due: every steps_per_eval,
+    before the first step and after the last; steps_per_eval=0: never."""
+
+    record: IO.Run
+    loss_examples: Examples
+    picture_examples: dict  # name of the grid -> Examples
+    probe: LinearProbe.FastProbe | None
+    steps_per_eval: int
+    last_step: int
+    images_per_pass: int
+    codes_per_image: int
+    codes_per_pass: int
+    codes_per_picture: int
+    mask_ratio: float
+    dtype: torch.dtype
+    baseline: bool  # validate the starting point without codes, too
+
+    def __call__(self, model, progress):
+        step = progress.step
+        due = self.steps_per_eval and (step % self.steps_per_eval == 0 or step == self.last_step)
+        if not due or progress.validated == step:
+            return
+        start = time.perf_counter()
+        values = self.validate(model, step, with_codes=model.code_dim > 0)
+        if step == 0 and self.baseline:
+            plain = self.validate(model, step, with_codes=False) if model.code_dim else values
+            values |= {f"{key}_baseline": value for key, value in plain.items()}
+        values["time/validation_seconds"] = time.perf_counter() - start
+        progress.validated = step
+        self.record.log(step, progress.epoch, values)
+        self.record.draw_curves()
+        IO.say(summary(step, values))
+
+    def validate(self, model, step, with_codes):
+        """The metrics and pictures of one validation."""
+        values = self.losses(model, with_codes)
+        if self.probe is not None:
+            accuracy = self.probe(model)
+            values["fast_linear_probe/acc_te"] = accuracy["top1"]
+            values["fast_linear_probe/knn_te"] = accuracy["knn"]
+        for name, chosen in self.picture_examples.items():
+            values[f"images/{name}"] = self.picture(model, name, chosen, step, with_codes)
+        return values
+
+    def losses(self, model, with_codes):
+        """Losses and spread over codes, each image evaluated by one process."""
+        chosen, device = self.loss_examples, model.pos_embed.device
+        rows_of_all = torch.zeros(len(chosen.indices), 4, device=device)
+        chunks = chosen.loader.chunks(chosen.indices, chosen.seeds, self.images_per_pass)
+        for rows, images in IO.watch(chunks, "validation", len(chosen.indices)):
+            images, mask_noise, seeds = prepare(model, images, chosen.seeds[rows])
+            with autocast(device, self.dtype):
+                rows_of_all[rows] = evaluate(
+                    model,
+                    images,
+                    mask_noise,
+                    seeds,
+                    codes_per_image=self.codes_per_image if with_codes else 0,
+                    codes_per_pass=self.codes_per_pass,
+                    mask_ratio=self.mask_ratio,
+                )
+        sum_over_processes(rows_of_all)
+        names = ("loss_te", "loss_te_best", "loss_te_no_z", "code_spread")
+        return {f"pretrain/{k}": v for k, v in zip(names, rows_of_all.double().mean(0).tolist(), strict=True)}
+
+    @torch.no_grad()
+    def picture(self, model, name, chosen, step, with_codes):
+        """The grid of completions, on every process."""
+        k = self.codes_per_picture if with_codes else 0
+        device, (height, width) = model.pos_embed.device, model.config.image_size
+        cells = torch.zeros(len(chosen.indices), 2 + max(1, k), 3, height, width, dtype=torch.uint8, device=device)
+        for rows, images in chosen.loader.chunks(chosen.indices, chosen.seeds, 8):
+            images, mask_noise, seeds = prepare(model, images, chosen.seeds[rows])
+            with autocast(device, self.dtype):
+                codes = model.sample_codes(seeds, k) if k else None
+                cells[rows] = completions(model, images, mask_noise, codes, self.mask_ratio)
+        sum_over_processes(cells)
+        headers = ["image", "masked", *([f"code {i + 1}" for i in range(k)] or ["completion"])]
+        return IO.picture_grid(cells.cpu(), headers, caption(name, step, model.config.norm_pix_loss))
+
+
+def prepare(model, images, seeds):
+    """uint8 images and int64 seeds from the host -> images normalised, mask noise and seeds on the model's device."""
+    device = model.pos_embed.device
+    mask_noise = random_uniform(mix_seeds(seeds, Stream.MASK), model.pos_embed.shape[1] - 1)
+    return normalize(images.to(device, non_blocking=True)), mask_noise.to(device), seeds.to(device)
+
+
+def caption(name, step, norm_pix_loss):
+    """What a grid shows."""
+    of = "training" if name.endswith("train") else "validation"
+    text = f"Completions of {of} images after {step} gradient steps; the visible patches are pasted in."
+    if norm_pix_loss:
+        text += " The model predicts normalised patches: each is shown with the true patch's mean and deviation."
+    return text
+
+
+def summary(step, values):
+    """One line about a validation."""
+    text = f"step {step}: validation loss {values['pretrain/loss_te']:.4f} mean over codes, "
+    text += f"{values['pretrain/loss_te_best']:.4f} best, {values['pretrain/loss_te_no_z']:.4f} without code"
+    if "fast_linear_probe/acc_te" in values:
+        text += f"; probe {values['fast_linear_probe/acc_te']:.3f}, k-NN {values['fast_linear_probe/knn_te']:.3f}"
+    return f"{text} ({IO.duration(values['time/validation_seconds'])})"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Logging, saving, and putting it all together.
+
+
+@dataclass
+class Keeper:
+    """Logs epochs and saves checkpoints when they are due."""
+
+    record: IO.Run
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    stop: IO.StopSignal
+    flags: dict
+    epochs: int
+    save_minutes: float
+    save_iter: int
+
+    def __post_init__(self):
+        self.started = self.saved = self.epoch_started = time.monotonic()
+        self.epochs_here = 0  # since this process started
+
+    def save(self, progress, keep=False):
+        """Saves a checkpoint; `keep`: one that stays."""
+        state = {
+            "model": self.model.state_dict(),
+            "config": dataclasses.asdict(self.model.config),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": dataclasses.asdict(progress),
+            "args": self.flags,
+        }
+        self.record.save(state, keep=keep)
+        self.saved = time.monotonic()
+
+    def after_step(self, progress):
+        """Saves where save_minutes are over, or where the run was asked to stop, which it then does."""
+        stopping = self.stop.asked()
+        if stopping or time.monotonic() - self.saved > 60 * self.save_minutes:
+            self.save(progress)
+        if stopping:
+            raise IO.Stopped(f"stopped after step {progress.step}, which is saved in {self.record.folder}")
+
+    def after_epoch(self, progress, rates):
+        """Logs the epoch that ends, and saves what is kept for good."""
+        now = time.monotonic()
+        loss = sum(progress.losses) / len(progress.losses)
+        values = {
+            "pretrain/loss_tr": loss,
+            "pretrain/lr_mae": rates["mae"],
+            "pretrain/lr_z": rates["z"],
+            **progress.sampled,
+            "time/epoch_seconds": now - self.epoch_started,
+        }
+        self.record.log(progress.step, progress.epoch, values)
+        progress.epoch_done()
+        self.epochs_here += 1
+        left = (now - self.started) / self.epochs_here * (self.epochs - progress.epoch)
+        text = f"epoch {progress.epoch}/{self.epochs}: loss {loss:.4f}"
+        if "sampling/end_losses" in values:
+            text += f"; codes {values['sampling/first_losses']:.4f} mean, {values['sampling/end_losses']:.4f} best"
+            text += f", {values['sampling/codes_per_sec']:,.0f}/s"
+        text += f"; {IO.duration(now - self.epoch_started)}, {IO.duration(left)} left"
+        IO.say(text)
+        self.epoch_started = now
+        if self.save_iter > 0 and progress.epoch % self.save_iter == 0:
+            self.save(progress, keep=True)
+
+
+def distributed(model):
+    """The model as gradient steps call it: gradients are averaged over the processes, if there are several."""
+    return DistributedDataParallel(model) if world_size() > 1 else model
+
+
+def learning_rates(step, *, lr, lr_z, min_lr, headstart, ramp, total, cycles):
+    """{"mae", "z"}: the rates of the MAE's and of the injections' parameters for gradient step `step`; lengths in steps."""
+    shape = {"minimum": min_lr, "ramp": ramp, "total": total, "cycles": cycles}
+    return {
+        "mae": learning_rate(step, base=lr, start=headstart, **shape),
+        "z": learning_rate(step, base=lr_z, start=0, **shape),
+    }
+
+
+def make_validation(record, flags, images_tr, images_val, device, dtype):
+    """The Validation that the flags ask for; refuses data that can't be probed."""
+    size = tuple(flags.input_size)
+    options = {
+        "transform": center_crop(size) if flags.use_augs else resize(size),
+        "num_workers": flags.num_workers,
+        "seed": flags.seed,
+    }
+    grids = {
+        "pretrain_train": (images_tr, flags.ex_for_vis_tr),
+        "pretrain_test": (images_val, flags.ex_for_vis_te),
+    }
+    probed = flags.fast_linear_probe and flags.steps_per_eval
+    return Validation(
+        record,
+        loss_examples=examples(images_val, flags.ex_for_mse_loss, **options),
+        picture_examples={k: examples(*what, **options) for k, what in grids.items() if what[1]},
+        probe=LinearProbe.fast_probe(flags, images_tr, images_val, size, device, dtype) if probed else None,
+        steps_per_eval=flags.steps_per_eval,
+        last_step=flags.epochs * flags.ipe,
+        images_per_pass=flags.eval_bs,
+        codes_per_image=flags.z_per_ex_loss,
+        codes_per_pass=flags.sp,
+        codes_per_picture=flags.z_per_ex_vis,
+        mask_ratio=flags.mask_ratio,
+        dtype=dtype,
+        baseline=bool(flags.get_mae_baseline),
+    )
+
+
+def make_model(flags, checkpoint):
+    """The model that the flags ask for: with the checkpoint's weights, pretrained ones or fresh ones."""
+    config = Flags.model_config(flags)
+    if checkpoint is not None or not flags.finetune:
+        model = build(config)
+        model.load_state_dict(checkpoint["model"]) if checkpoint is not None else None
+        return model
+    try:
+        return IO.load_model(flags.mae_weights, **vars(config))
+    except InputError as error:
+        raise InputError(f"--mae_weights: {error}") from None
+
+
+def run(flags, images_tr, images_val):
+    """One process of a run: puts its parts together and trains."""
+    device = join_processes(flags.gpus)
+    flags = from_first_process(flags)  # one uid, where each process drew its own
+    if flags.mini_bs < world_size():
+        raise InputError(f"--mini_bs {flags.mini_bs}: must be at least the number of processes, {world_size()}")
+    folder, checkpoint = IO.locate_run("TrainIMLE", flags)
+    dtype = IO.sample_dtype(flags.sample_dtype, device)
+    train_dtype = fastest_dtype(device) if flags.fp16 else torch.float32
+    record = IO.Run(folder, flags, checkpoint)
+    validation = make_validation(record, flags, images_tr, images_val, device, dtype)
+    torch.manual_seed(flags.seed)
+    model = make_model(flags, checkpoint).to(device)
+    size = model.config.image_size
+    optimizer = torch.optim.AdamW(parameter_groups(model, flags.wd), betas=(flags.beta1, flags.beta2), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=train_dtype == torch.float16)
+    progress = Progress()
+    if checkpoint is not None:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        progress = Progress(**checkpoint["progress"])
+
+    with record, IO.StopSignal() as stop:
+        IO.say(f"{folder}: " + (f"going on after step {progress.step}" if checkpoint else "a new run"))
+        train(
+            model,
+            Data.ImageLoader(
+                images_tr,
+                augment(size) if flags.use_augs else resize(size),
+                num_workers=flags.num_workers,
+                persistent=True,
+                pin_memory=device.type == "cuda",
+            ),
+            validation,
+            Keeper(record, model, optimizer, scaler, stop, vars(flags), flags.epochs, flags.save_minutes, flags.save_iter),
+            progress,
+            epochs=flags.epochs,
+            images_per_epoch=flags.ex_per_epoch,
+            steps_per_epoch=flags.ipe,
+            batch_size=flags.mini_bs,
+            pooling={
+                "seed": flags.seed,
+                "shuffle": bool(flags.shuffle_data),
+                "fix_mask_noise": bool(flags.fix_mask_noise),
+                "image_size": size,
+                "n_patches": math.prod(model.config.grid),
+            },
+            sampling={
+                "dtype": dtype,
+                "images_per_pass": flags.code_bs,
+                "codes_per_image": flags.ns,
+                "codes_per_pass": flags.sp,
+                "mask_ratio": flags.mask_ratio,
+                "forecast": IO.Forecast(device, (flags.epochs - progress.epoch) * flags.ex_per_epoch),
+            },
+            stepping={
+                "optimizer": optimizer,
+                "scaler": scaler,
+                "batch_size": flags.mini_bs,
+                "parts": flags.accum,
+                "dtype": train_dtype,
+                "mask_ratio": flags.mask_ratio,
+                "clip_grad": flags.clip_grad,
+            },
+            rates=partial(
+                learning_rates,
+                lr=flags.lr,
+                lr_z=flags.lr_z,
+                min_lr=flags.min_lr,
+                headstart=flags.headstart_z * flags.ipe,
+                ramp=flags.n_ramp * flags.ipe,
+                total=flags.epochs * flags.ipe,
+                cycles=flags.n_cycles if flags.scheduler == "linear_ramp_cosine_decay" else 0,
+            ),
+        )
+    IO.say(f"done: {folder}")
+
+
+def start(flags):
+    """Opens the data, then runs in as many processes as there are devices."""
+    images = Data.open_pair(flags.data_tr, flags.data_val, flags.train_n_way, flags.train_n_shot, flags.seed)
+    launch(run, flags.gpus, flags, *images)
+
+
+def main(argv=None):
+    """Trains as the command line says."""
+    IO.run_command(lambda: start(Flags.parse_flags(argv)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
