@@ -9,7 +9,8 @@ STD = (0.229, 0.224, 0.225)
 
 
 def augment(size):
-    """MAE's pretraining augmentation (appendix A.1): Pillow image -> uint8 (3, H, W), randomly cropped and flipped."""
+    """MAE's pretraining augmentation (appendix A.1): Pillow image -> uint8 (3, H, W), randomly
+    cropped and flipped."""
     return T.Compose(
         [
             T.RandomResizedCrop(size, scale=(0.2, 1), interpolation=InterpolationMode.BICUBIC),
@@ -25,11 +26,15 @@ def resize(size):
 
 
 def center_crop(size):
-    """MAE's test transform, Pillow image -> uint8 (3, H, W): resized to 256/224 of `size`, then its centre."""
+    """MAE's test transform, Pillow image -> uint8 (3, H, W): resized to 256/224 of `size`, then its
+    centre."""
 
     def fit(image):
         scale = max(size[0] / image.height, size[1] / image.width) * 256 / 224
-        new_size = [max(length, round(old * scale)) for length, old in zip(size, image.size[::-1], strict=True)]
+        new_size = [
+            max(length, round(old * scale))
+            for length, old in zip(size, image.size[::-1], strict=True)
+        ]
         return T.functional.resize(image, new_size, InterpolationMode.BICUBIC)
 
     return T.Compose([fit, T.CenterCrop(size), T.PILToTensor()])

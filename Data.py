@@ -1,4 +1,5 @@
-"""Images in classes, from a folder or a TAR; few-shot subsets; which image is drawn when, and loading them."""
+"""Images in classes, from a folder or a TAR; few-shot subsets; which image is drawn when, and
+loading them."""
 
 import io
 import os
@@ -30,7 +31,8 @@ class ImageError(InputError):
 
 
 class Images(Dataset):
-    """Encoded images in classes, in ImageFolder's order: by class, folder and file name. Items are (image, target).
+    """Encoded images in classes, in ImageFolder's order: by class, folder and file name. Items are
+    (image, target).
 
     classes: sorted names; targets: (n,) int64, each image's class; subclasses add `read`."""
 
@@ -38,14 +40,18 @@ class Images(Dataset):
         self.path, self.transform = str(path), transform
         self.classes, self.class_to_idx = classes, {name: i for i, name in enumerate(classes)}
         self.targets = np.asarray(targets, dtype=np.int64)
-        self.names = np.array([os.fsencode(name) for name in names])  # one flat array: workers share it
+        self.names = np.array(
+            [os.fsencode(name) for name in names]
+        )  # one flat array: workers share it
 
     def __len__(self):
         return len(self.targets)
 
     def __getitem__(self, index):
         image = self.load(index)
-        return (image if self.transform is None else self.transform(image)), int(self.targets[index])
+        return (image if self.transform is None else self.transform(image)), int(
+            self.targets[index]
+        )
 
     def read(self, index):
         """The encoded image, as bytes."""
@@ -60,7 +66,9 @@ class Images(Dataset):
         try:
             return Image.open(io.BytesIO(self.read(index))).convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ImageError(f"{self.path}: cannot read the image {self.name(index)}: {error}") from None
+            raise ImageError(
+                f"{self.path}: cannot read the image {self.name(index)}: {error}"
+            ) from None
 
 
 class FolderImages(Images):
@@ -69,7 +77,11 @@ class FolderImages(Images):
     def __init__(self, path, transform=None):
         classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
         class_to_idx = {name: i for i, name in enumerate(classes)}
-        found = make_dataset(str(path), class_to_idx, IMG_EXTENSIONS, allow_empty=True) if classes else []
+        found = (
+            make_dataset(str(path), class_to_idx, IMG_EXTENSIONS, allow_empty=True)
+            if classes
+            else []
+        )
         names, targets = zip(*found, strict=True) if found else ((), ())
         check_classes(path, classes, targets)
         super().__init__(path, names, targets, classes, transform)
@@ -79,7 +91,8 @@ class FolderImages(Images):
 
 
 class TarImages(Images):
-    """Images in an uncompressed TAR as ROOT/class/.../image, where ROOT is all that the images' folders have in common."""
+    """Images in an uncompressed TAR as ROOT/class/.../image, where ROOT is all that the images'
+    folders have in common."""
 
     def __init__(self, path, transform=None):
         members = {}  # a name that comes twice: the later one counts, as for tar
@@ -93,15 +106,23 @@ class TarImages(Images):
         if not members:
             raise InputError(f"{path} holds no images ({', '.join(IMG_EXTENSIONS)})")
         depth = len(common_folders(members))
-        if any(name.count("/") == depth for name in members):  # images in the common folder itself: it is the only class
+        if any(
+            name.count("/") == depth for name in members
+        ):  # images in the common folder itself: it is the only class
             depth = max(0, depth - 1)
         if any(name.count("/") <= depth for name in members):
-            raise InputError(f"{path} holds images outside of class folders: expected .../class/image")
-        samples = sorted((name.split("/")[depth], *os.path.split(name), *at) for name, at in members.items())
+            raise InputError(
+                f"{path} holds images outside of class folders: expected .../class/image"
+            )
+        samples = sorted(
+            (name.split("/")[depth], *os.path.split(name), *at) for name, at in members.items()
+        )
         classes = sorted({sample[0] for sample in samples})
         class_to_idx = {name: i for i, name in enumerate(classes)}
         names = [f"{folder}/{file}" for _, folder, file, _, _ in samples]
-        super().__init__(path, names, [class_to_idx[sample[0]] for sample in samples], classes, transform)
+        super().__init__(
+            path, names, [class_to_idx[sample[0]] for sample in samples], classes, transform
+        )
         self.offsets, self.sizes = np.array([sample[3:] for sample in samples], dtype=np.int64).T
         self.opened = None, None  # (process, file descriptor): a fork opens its own
         if self.offsets[-1] + self.sizes[-1] > os.path.getsize(path):
@@ -120,19 +141,28 @@ def common_folders(names):
     """The folders that all names start with, as a list."""
     folders = [name.split("/")[:-1] for name in names]
     first, last = min(folders), max(folders)
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
+        min(len(first), len(last)),
+    )
     return first[:shared]
 
 
 def check_classes(path, classes, targets):
-    """Refuses a folder without class folders, or with a class that has no image, as ImageFolder does."""
+    """Refuses a folder without class folders, or with a class that has no image, as ImageFolder
+    does."""
     if not classes:
         raise InputError(f"{path} has no class folders: expected {path}/class/image")
     if len(targets) == 0:
-        raise InputError(f"{path} holds no images in its class folders ({', '.join(IMG_EXTENSIONS)})")
+        raise InputError(
+            f"{path} holds no images in its class folders ({', '.join(IMG_EXTENSIONS)})"
+        )
     empty = [name for i, name in enumerate(classes) if i not in set(targets)]
     if empty:
-        raise InputError(f"{path}: no image in the class folder {empty[0]}" + f" ({len(empty)} such)" * (len(empty) > 1))
+        raise InputError(
+            f"{path}: no image in the class folder {empty[0]}"
+            + f" ({len(empty)} such)" * (len(empty) > 1)
+        )
 
 
 def open_images(path, transform=None):
@@ -167,7 +197,8 @@ class Subset(Dataset):
 
 
 def few_shot(images, n_way, n_shot, seed):
-    """The subset of n_way classes, evenly spaced in sorted order, with n_shot images each, chosen by seed; -1: all."""
+    """The subset of n_way classes, evenly spaced in sorted order, with n_shot images each, chosen
+    by seed; -1: all."""
     n_classes = len(images.classes)
     ways = range(n_classes) if n_way == -1 else [i * n_classes // n_way for i in range(n_way)]
     if len(ways) > n_classes:
@@ -176,7 +207,9 @@ def few_shot(images, n_way, n_shot, seed):
     for way in ways:
         indices = np.flatnonzero(images.targets == way)
         if n_shot > len(indices):
-            raise InputError(f"{n_shot} images a class wanted, but {images.classes[way]} has {len(indices)}")
+            raise InputError(
+                f"{n_shot} images a class wanted, but {images.classes[way]} has {len(indices)}"
+            )
         if n_shot != -1:
             order = permutation(len(indices), mix_seeds(seed, Stream.FEW_SHOT, way))
             indices = np.sort(indices[order[:n_shot].numpy()])
@@ -188,13 +221,17 @@ def with_classes(images, classes):
     """All images of the classes of these names; refused where one is missing."""
     missing = [name for name in classes if name not in images.classes]
     if missing:
-        raise InputError(f"no class {missing[0]}, which the training data has" + f" ({len(missing)} such)" * (len(missing) > 1))
+        raise InputError(
+            f"no class {missing[0]}, which the training data has"
+            + f" ({len(missing)} such)" * (len(missing) > 1)
+        )
     ways = [images.classes.index(name) for name in classes]
     return Subset(images, list(classes), np.flatnonzero(np.isin(images.targets, ways)))
 
 
 def open_pair(data_tr, data_val, n_way, n_shot, seed):
-    """Training images, reduced to a few-shot subset, and validation images of the same classes; messages name the flags."""
+    """Training images, reduced to a few-shot subset, and validation images of the same classes;
+    messages name the flags."""
     try:
         flag = "--data_tr"
         images_tr = open_images(data_tr)
@@ -206,12 +243,13 @@ def open_pair(data_tr, data_val, n_way, n_shot, seed):
         raise InputError(f"{flag}: {error}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def even_indices(n, first, count, seed, shuffle=True):
-    """Numbers `first` to `first + count` of an endless sequence that passes over range(n), each time in another order:
-    int64 (count,). So every index is drawn k or k-1 times, whatever is taken at a time, and there is no state to save."""
+    """Numbers `first` to `first + count` of an endless sequence that passes over range(n), each
+    time in another order: int64 (count,). So every index is drawn k or k-1 times, whatever is taken
+    at a time, and there is no state to save."""
     positions = torch.arange(first, first + count)
     if not shuffle:
         return positions % n
@@ -231,7 +269,8 @@ def occurrences(indices):
 
 
 class SeededImages(Dataset):
-    """Items (index, seed) -> uint8 (3, H, W): the image transformed by random numbers from the seed alone."""
+    """Items (index, seed) -> uint8 (3, H, W): the image transformed by random numbers from the seed
+    alone."""
 
     def __init__(self, images, transform):
         self.images, self.transform = images, transform
@@ -243,26 +282,31 @@ class SeededImages(Dataset):
 
 
 class ImageLoader:
-    """Loads images in chunks by worker processes, which live as long as the loader where `persistent`."""
+    """Loads images in chunks by worker processes, which live as long as the loader where
+    `persistent`."""
 
     def __init__(self, images, transform, *, num_workers, persistent=False, pin_memory=False):
         self.images = images
-        self.batches = []  # what the workers load next; a DataLoader asks for it when it is iterated
+        self.batches = []  # what the workers load next; the loader asks when it is iterated
         self.loader = DataLoader(
             SeededImages(images, transform),
             batch_sampler=self.batches,
             num_workers=num_workers,
             persistent_workers=persistent and num_workers > 0,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # of its own: else every pass would draw from the global one
+            generator=torch.Generator(),  # of its own: else each pass draws from the global one
         )
 
     def chunks(self, indices, seeds, size):
-        """Yields (rows, images): a slice of range(len(indices)) and uint8 (n, 3, H, W), for every chunk of `size` rows that
-        falls to this process. Image indices[i] is cropped by seeds[i]."""
-        slices = [slice(start, min(start + size, len(indices))) for start in range(0, len(indices), size)]
+        """Yields (rows, images): a slice of range(len(indices)) and uint8 (n, 3, H, W), for every
+        chunk of `size` rows that falls to this process. Image indices[i] is cropped by seeds[i]."""
+        slices = [
+            slice(start, min(start + size, len(indices))) for start in range(0, len(indices), size)
+        ]
         slices = slices[rank() :: world_size()]
-        self.batches[:] = [list(zip(indices[rows].tolist(), seeds[rows].tolist(), strict=True)) for rows in slices]
+        self.batches[:] = [
+            list(zip(indices[rows].tolist(), seeds[rows].tolist(), strict=True)) for rows in slices
+        ]
         yield from zip(slices, self.loader, strict=True)
 
 
@@ -285,11 +329,14 @@ class Pool:
 
 
 def draw_pool(source, size, epoch, *, seed, shuffle, fix_mask_noise, image_size, n_patches):
-    """The pool of an epoch, drawn evenly from the source, its images not loaded yet. An image's seed depends on the run's seed, the
-    epoch, its index and how often it came before in this pool."""
+    """The pool of an epoch, drawn evenly from the source, its images not loaded yet. An image's
+    seed depends on the run's seed, the epoch, its index and how often it came before in this
+    pool."""
     indices = even_indices(len(source), epoch * size, size, mix_seeds(seed, Stream.POOL), shuffle)
     seeds = mix_seeds(seed, Stream.IMAGE, epoch, indices, occurrences(indices))
-    mask_seeds = mix_seeds(seed, Stream.MASK, indices) if fix_mask_noise else mix_seeds(seeds, Stream.MASK)
+    mask_seeds = (
+        mix_seeds(seed, Stream.MASK, indices) if fix_mask_noise else mix_seeds(seeds, Stream.MASK)
+    )
     images = torch.zeros(size, 3, *image_size, dtype=torch.uint8)
     mask_noise = random_uniform(mask_seeds, n_patches)
     return Pool(source, epoch, indices, seeds, mask_noise, images, shuffle, seed)
@@ -320,8 +367,8 @@ class Batch:
 
 
 def minibatches(pool, codes, step, steps, size):
-    """Yields the epoch's `steps` minibatches from the run's gradient step `step` on: shuffled passes over the pool, cut into
-    `size`. codes: (pool, D) or None."""
+    """Yields the epoch's `steps` minibatches from the run's gradient step `step` on: shuffled
+    passes over the pool, cut into `size`. codes: (pool, D) or None."""
     seed = mix_seeds(pool.seed, Stream.MINIBATCH, pool.epoch)
     stream = even_indices(len(pool.indices), 0, steps * size, seed, pool.shuffle).view(steps, size)
     for whole in stream[step - pool.epoch * steps :]:

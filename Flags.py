@@ -14,12 +14,14 @@ from IO import published_weights, read_checkpoint, say
 from Models import ACTIVATIONS, INJECTIONS, PRESETS, ModelConfig
 from Utils import InputError
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags. Every flag, its default, its unit and its bounds stand in `training_parser`; `parse_flags` checks what bounds can't say.
+# -------------------------------------------------------------------------------------------------
+# Flags. Every flag, its default, its unit and its bounds stand in `training_parser`; `parse_flags`
+# checks what bounds can't say.
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that ends on a mistake with one line, which names the nearest flag for an unknown one."""
+    """An ArgumentParser that ends on a mistake with one line, which names the nearest flag for an
+    unknown one."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **options)
@@ -28,7 +30,9 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             near = difflib.get_close_matches(unknown[0], self._option_string_actions, n=1)
-            self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+            self.error(
+                f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "")
+            )
         return args
 
     def error(self, message):
@@ -75,9 +79,12 @@ def real(low, high=math.inf, also=None):
 
 
 SWITCH = {"type": int, "choices": (0, 1)}
-WORKERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+WORKERS = min(
+    8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+)
 
 
+# fmt: off
 def data_flags(parser):
     """The flags that training and probes share: images, seed, devices."""
     add = parser.add_argument_group("data").add_argument
@@ -96,7 +103,7 @@ def data_flags(parser):
 
     add = parser.add_argument_group("devices and precision").add_argument
     add("--gpus", nargs="+", metavar="ID",
-        help="device ids, one process each, or `cpu`; default: all visible GPUs, without one the CPU")
+        help="device ids, one process each, or `cpu`; default: all visible GPUs, else the CPU")
     add("--processes", type=whole(1), default=1, metavar="N", help="processes, with --gpus cpu")
     add("--sample_dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="precision of all that needs no gradients; auto: the fastest that the device has")
@@ -132,8 +139,8 @@ def training_parser():
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=PRESETS, default="vit_base", metavar="NAME", help=", ".join(PRESETS))
     add("--ip_spec", nargs="+", metavar="PLACE METHOD",
-        help="where codes enter, as pairs: 0... encoder blocks, then decoder blocks, or `mask` (the "
-        f"mask token); {', '.join(INJECTIONS)}; default: adain at the last encoder block")
+        help="where codes enter, as pairs: 0... encoder blocks, then decoder blocks, or `mask`, "
+        f"the mask token; {', '.join(INJECTIONS)}; default: adain at the last encoder block")
     add("--latent_dim", type=whole(1), default=512, metavar="NUMBERS", help="numbers per code")
     add("--mapping_net_layers", type=whole(1), default=8, metavar="N", help="of adain, local_adain")
     add("--mapping_net_h_dim", type=whole(1), default=512, metavar="WIDTH", help="its hidden width")
@@ -189,7 +196,8 @@ def training_parser():
     add("--steps_per_eval", type=whole(0), default=64, metavar="STEPS",
         help="gradient steps between validations, besides the first and the last; 0: never")
     add("--ex_for_mse_loss", type=whole(1), default=2048, metavar="IMAGES", help="for the loss")
-    add("--z_per_ex_loss", type=whole(1), default=128, metavar="CODES", help="per image, for the loss")
+    add("--z_per_ex_loss", type=whole(1), default=128, metavar="CODES",
+        help="per image, for the loss")
     add("--eval_bs", type=whole(1), default=32, metavar="IMAGES", help="per pass, for the loss")
     add("--ex_for_vis_tr", type=whole(0), default=8, metavar="ROWS", help="in the training grid")
     add("--ex_for_vis_te", type=whole(0), default=8, metavar="ROWS", help="in the validation grid")
@@ -217,8 +225,10 @@ def training_parser():
     return parser
 
 
+# fmt: on
 def parse_flags(argv=None):
-    """The flags of TrainIMLE.py, checked and with their defaults resolved; ends the program on a mistake."""
+    """The flags of TrainIMLE.py, checked and with their defaults resolved; ends the program on a
+    mistake."""
     parser = training_parser()
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--resume")
@@ -239,7 +249,8 @@ def parse_flags(argv=None):
 
 
 def resolve_flags(args):
-    """A new namespace with every default that depends on other flags filled in; an InputError for what does not go together."""
+    """A new namespace with every default that depends on other flags filled in; an InputError for
+    what does not go together."""
     flags = argparse.Namespace(**vars(args))
     preset = PRESETS[args.arch]
     flags.input_size = list(args.input_size) * (3 - len(args.input_size))
@@ -250,7 +261,9 @@ def resolve_flags(args):
         )
     n_patches = math.prod(flags.input_size) // preset.patch_size**2
     if not 0 < int(n_patches * (1 - args.mask_ratio)) < n_patches:
-        raise InputError(f"--mask_ratio {args.mask_ratio}: no patch of {n_patches} would be masked, or none visible")
+        raise InputError(
+            f"--mask_ratio {args.mask_ratio}: {n_patches} patches: none would be masked, or visible"
+        )
     if args.norm_pix_loss is None:
         flags.norm_pix_loss = int(preset.norm_pix_loss)
     if args.mapping_net_lrmul is None:
@@ -263,21 +276,36 @@ def resolve_flags(args):
         flags.sp = args.ns
     if args.ipe * args.mini_bs < args.ex_per_epoch:
         raise InputError(
-            f"--ipe {args.ipe}: {args.ipe} steps of --mini_bs {args.mini_bs} do not see the {args.ex_per_epoch} images of "
-            f"--ex_per_epoch once; at least {math.ceil(args.ex_per_epoch / args.mini_bs)} steps do"
+            f"--ipe {args.ipe}: so many steps of --mini_bs {args.mini_bs} images do not see "
+            f"the --ex_per_epoch {args.ex_per_epoch} images once; allowed is at least "
+            f"{math.ceil(args.ex_per_epoch / args.mini_bs)}"
         )
     if args.n_ramp and args.scheduler == "constant":
-        raise InputError(f"--n_ramp {args.n_ramp}: a constant --scheduler has no ramp; allowed is 0, or linear_ramp")
+        raise InputError(
+            f"--n_ramp {args.n_ramp}: --scheduler constant has no ramp; use 0, or linear_ramp"
+        )
     if args.headstart_z and args.ignore_z:
-        raise InputError("--headstart_z: with --ignore_z 1 there is nothing that could learn first; allowed is 0")
-    if args.epochs and args.headstart_z + args.n_ramp >= args.epochs and args.headstart_z + args.n_ramp > 0:
-        raise InputError(f"--epochs {args.epochs}: must be more than --headstart_z and --n_ramp together")
+        raise InputError(
+            "--headstart_z: with --ignore_z 1 there is nothing that could learn first; allowed is 0"
+        )
+    if (
+        args.epochs
+        and args.headstart_z + args.n_ramp >= args.epochs
+        and args.headstart_z + args.n_ramp > 0
+    ):
+        raise InputError(
+            f"--epochs {args.epochs}: must be more than --headstart_z and --n_ramp together"
+        )
     if args.min_lr > args.lr:
         raise InputError(f"--min_lr {args.min_lr}: must be at most --lr {args.lr}")
     if args.probe_augs_per_image > 1 and not args.use_augs:
-        raise InputError(f"--probe_augs_per_image {args.probe_augs_per_image}: copies differ with --use_augs 1 only")
+        raise InputError(
+            f"--probe_augs_per_image {args.probe_augs_per_image}: needs --use_augs 1, else use 1"
+        )
     if args.mae_weights and not args.finetune:
-        raise InputError("--mae_weights: --finetune 0 starts from scratch; use --finetune 1, or leave the weights out")
+        raise InputError(
+            "--mae_weights: --finetune 0 starts from scratch; use --finetune 1 or no weights"
+        )
     flags.gpus = device_names(args.gpus, args.processes)
     flags.uid = args.uid or os.environ.get("SLURM_JOB_ID") or secrets.token_hex(4)
     if not re.fullmatch(r"[\w.+-]{1,64}", flags.uid):
@@ -290,7 +318,9 @@ def resolve_flags(args):
 def probe_parser():
     """The parser of LinearProbe.py."""
     parser = Parser(prog="LinearProbe.py", description="Probe the encoder of a checkpoint.")
-    parser.add_argument("--model", required=True, metavar="FILE", help="a checkpoint of ours or of MAE's")
+    parser.add_argument(
+        "--model", required=True, metavar="FILE", help="a checkpoint of ours or of MAE's"
+    )
     data_flags(parser)
     probe_flags(parser)
     return parser
@@ -316,7 +346,9 @@ def parse_ip_spec(words, preset):
     pairs = list(zip(words[::2], words[1::2], strict=True))
     for place, method in pairs:
         if method not in INJECTIONS:
-            raise InputError(f"{shown}: unknown method {method}; allowed are {', '.join(INJECTIONS)}")
+            raise InputError(
+                f"{shown}: unknown method {method}; allowed are {', '.join(INJECTIONS)}"
+            )
         if place != "mask" and not (place.isdecimal() and int(place) < n_places):
             raise InputError(f"{shown}: no place {place}; allowed are 0 to {n_places - 1} and mask")
     if len({place for place, _ in pairs}) < len(pairs):
@@ -330,7 +362,8 @@ def device_names(gpus, processes):
     if gpus is None:
         gpus = [str(i) for i in range(n_gpus)] or ["cpu"]
         if gpus == ["cpu"] and torch.accelerator.is_available():
-            say(f"note: {torch.accelerator.current_accelerator().type} is not supported; using the CPU")
+            found = torch.accelerator.current_accelerator().type
+            say(f"note: {found} devices are not supported; using the CPU")
     ids = [name.removeprefix("cuda:") for name in gpus]
     if ids == ["cpu"]:
         return ["cpu"] * processes
@@ -341,7 +374,9 @@ def device_names(gpus, processes):
     if len(set(ids)) < len(ids):
         raise InputError(f"--gpus {' '.join(gpus)}: the same GPU twice")
     if processes not in (1, len(ids)):
-        raise InputError(f"--processes {processes}: with GPUs there is one process for each; leave it out")
+        raise InputError(
+            f"--processes {processes}: with GPUs there is one process for each; leave it out"
+        )
     return [f"cuda:{name}" for name in ids]
 
 
@@ -352,6 +387,8 @@ def model_config(flags):
     options |= {
         "image_size": tuple(flags.input_size),
         "norm_pix_loss": bool(flags.norm_pix_loss),
-        "ip_spec": tuple(parse_ip_spec(flags.ip_spec, PRESETS[flags.arch])) if flags.ip_spec else (),
+        "ip_spec": tuple(parse_ip_spec(flags.ip_spec, PRESETS[flags.arch]))
+        if flags.ip_spec
+        else (),
     }
     return dataclasses.replace(PRESETS[flags.arch], **options)

@@ -1,9 +1,11 @@
-"""The edges of a run: its folder, its metrics and pictures, its checkpoints, and weights from elsewhere."""
+"""The edges of a run: its folder, its metrics and pictures, its checkpoints, and weights from
+elsewhere."""
 
 import argparse
 import dataclasses
 import glob
 import json
+import math
 import os
 import pickle
 import platform
@@ -27,7 +29,7 @@ from tqdm import tqdm
 from Models import ModelConfig, build, infer_config, load_weights
 from Utils import InputError, RunError, fastest_dtype, rank, sum_over_processes, world_size
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # What a person sees: lines and progress bars, of the first process only.
 
 
@@ -38,40 +40,38 @@ def say(text):
         sys.stdout.flush()
 
 
-def watch(chunks, description, total, after_first=None):
-    """Passes chunks (rows, images) on, with a progress bar in images; calls after_first(seconds, images) once the first is
-    dealt with."""
-    with tqdm(
-        desc=description,
-        total=total,
-        unit=" images",
-        disable=rank() > 0 or not sys.stderr.isatty(),
-        leave=False,
-        dynamic_ncols=True,
-    ) as bar:
-        start = time.perf_counter()
-        for number, (rows, images) in enumerate(chunks):
+def watch(chunks, description, total, after_chunk=None):
+    """Passes chunks (rows, images) on, with a progress bar in images; calls after_chunk(seconds,
+    images) with what was done so far, on one process, each time that a chunk is dealt with."""
+    shown = rank() == 0 and sys.stderr.isatty()
+    bar = tqdm(desc=description, total=total, unit=" images", disable=not shown, leave=False)
+    start, done = time.perf_counter(), 0
+    with bar:
+        for rows, images in chunks:
             yield rows, images
             bar.update(len(images) * world_size())
-            if number == 0 and after_first is not None:
-                after_first(time.perf_counter() - start, len(images))
+            done += len(images)
+            if after_chunk is not None:
+                after_chunk(time.perf_counter() - start, done)
 
 
 class Forecast:
-    """Says once, after the first chunk of sampling, how long the run's sampling will take and what memory it holds."""
+    """Says once, after the first chunk of sampling (and a second, to be past the start-up), how long
+    the run's sampling will take and what memory it holds."""
 
     def __init__(self, device, images_left):
         self.device, self.images_left = device, images_left
 
-    def __call__(self, seconds, n_images):
-        if self.images_left:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-                memory = f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GB on the GPU"
-            else:
-                memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB"
-            left = seconds / n_images * self.images_left / world_size()
-            say(f"sampling codes for all epochs will take about {duration(left)}, holding {memory}")
+    def __call__(self, seconds, images):
+        if not self.images_left or (seconds < 1 and images * world_size() < self.images_left):
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            memory = f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GB on the GPU"
+        else:
+            memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB"
+        left = seconds / images * self.images_left / world_size()
+        say(f"sampling codes for all epochs will take about {duration(left)}, holding {memory}")
         self.images_left = 0
 
 
@@ -80,35 +80,44 @@ def duration(seconds):
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {seconds:02d} s"
 
 
 def picture_grid(cells, headers, caption, cell_height=96):
-    """A captioned table of pictures: cells uint8 (rows, columns, 3, H, W), one header a column -> Pillow image."""
+    """A captioned table of pictures: cells uint8 (rows, columns, 3, H, W), one header a column ->
+    Pillow image."""
     rows, columns, _, h, w = cells.shape
     scale = max(1, round(cell_height / h))
     cells = np.kron(np.asarray(cells.movedim(2, -1)), np.ones((1, 1, scale, scale, 1), np.uint8))
-    h, w, gap, top = h * scale, w * scale, 4, 22
-    lines = textwrap.wrap(caption, columns * (w + gap) // 7)
-    canvas = Image.new("RGB", (columns * (w + gap) + gap, top + rows * (h + gap) + gap + 18 * len(lines)), "white")
+    gap, top, line = 4, 22, 18  # pixels
+    step_x, step_y = w * scale + gap, h * scale + gap
+    lines = textwrap.wrap(caption, columns * step_x // 7)
+    size = (columns * step_x + gap, top + rows * step_y + gap + line * len(lines))
+    canvas = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     for column, header in enumerate(headers):
-        draw.text((gap + column * (w + gap) + w / 2, top / 2), header, "black", font, anchor="mm")
+        x = gap + column * step_x
+        draw.text((x + w * scale / 2, top / 2), header, "black", font, anchor="mm")
         for row in range(rows):
-            canvas.paste(Image.fromarray(cells[row, column]), (gap + column * (w + gap), top + row * (h + gap)))
-    draw.multiline_text((gap, canvas.height - 18 * len(lines)), "\n".join(lines), "black", font, spacing=4)
+            canvas.paste(Image.fromarray(cells[row, column]), (x, top + row * step_y))
+    for number, text in enumerate(lines):
+        draw.text((gap, size[1] - line * (len(lines) - number)), text, "black", font)
     return canvas
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run's folder: config.json, metrics.jsonl, curves.png, images/, checkpoints/; only the first process writes there.
+# -------------------------------------------------------------------------------------------------
+# The run's folder: config.json, metrics.jsonl, curves.png, images/, checkpoints/; only the first
+# process writes there.
 
 
 class Run:
-    """Writes down what a run does. The local files are the truth; W&B mirrors them and may fail without harm."""
+    """Writes down what a run does. The local files are the truth; W&B mirrors them and may fail
+    without harm."""
 
     def __init__(self, folder, flags, checkpoint=None):
-        """Does nothing yet; entered by `with`, it opens the folder, behind the metrics that the checkpoint knows."""
+        """Does nothing yet; entered by `with`, it opens the folder, behind the metrics that the
+        checkpoint knows."""
         self.folder, self.flags, self.main = Path(folder), flags, rank() == 0
         self.metrics_size = checkpoint["metrics_size"] if checkpoint else 0
 
@@ -122,21 +131,27 @@ class Run:
                 self.metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
                 self.metrics.truncate(self.metrics_size)
             except OSError as error:
-                raise InputError(f"--save_folder: cannot write to {self.folder}: {error.strerror}") from None
+                raise InputError(
+                    f"--save_folder: cannot write to {self.folder}: {error.strerror}"
+                ) from None
             self.wandb = WandB(self.flags.wandb, self.folder, config)
         return self
 
     def __exit__(self, *_):
         if self.main:
+            self.draw_curves()
             self.metrics.close()
             self.wandb.close()
 
     def log(self, step, epoch, values):
-        """Appends one JSON object to metrics.jsonl; pictures (keys images/...) become files, and stand there by their names."""
+        """Appends one JSON object to metrics.jsonl; pictures (keys images/...) become files, and
+        stand there by their names."""
         if not self.main:
             return
         record = {"epoch": epoch, "pretrain/step": step, **values}
         for key, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                record[key] = None  # JSON has no word for it
             if isinstance(value, Image.Image):
                 path = self.folder / "images" / f"{key.split('/')[-1]}_{step:08d}.png"
                 value.save(path)
@@ -148,10 +163,13 @@ class Run:
     def draw_curves(self):
         """Draws curves.png anew from metrics.jsonl."""
         if self.main:
-            draw_curves(read_metrics(self.folder), self.folder / "curves.png", title=self.folder.name)
+            draw_curves(
+                read_metrics(self.folder), self.folder / "curves.png", title=self.folder.name
+            )
 
     def save(self, state, *, keep=False):
-        """Writes a checkpoint of `state`, which gets the size of metrics.jsonl; keep: for good, besides the newest two."""
+        """Writes a checkpoint of `state`, which gets the size of metrics.jsonl; keep: for good,
+        besides the newest two."""
         if not self.main:
             return
         self.metrics.flush()
@@ -167,7 +185,8 @@ class Run:
 
 
 class WandB:
-    """Weights & Biases as a mirror: where it is missing, refuses or raises, that costs one warning."""
+    """Weights & Biases as a mirror: where it is missing, refuses or raises, that costs one
+    warning."""
 
     def __init__(self, mode, folder, config):
         self.run = None
@@ -202,7 +221,9 @@ class WandB:
 
     def log(self, step, values):
         if self.run is not None:
-            self.attempt(lambda: self.run.log({k: self.mirror(v) for k, v in values.items()}, step=step))
+            self.attempt(
+                lambda: self.run.log({k: self.mirror(v) for k, v in values.items()}, step=step)
+            )
 
     def mirror(self, value):
         """A value as W&B takes it."""
@@ -247,13 +268,13 @@ def draw_curves(records, path, title=""):
         axes.set_title(panel, fontsize=10)
         axes.set_xlabel("gradient steps")
         for key, label in keys.items():
-            points = [(r["pretrain/step"], r[key]) for r in records if key in r]
+            points = [(r["pretrain/step"], r[key]) for r in records if r.get(key) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), marker=".", label=label)
         if axes.lines:
             axes.legend(fontsize=8)
         else:
-            axes.text(0.5, 0.5, "nothing recorded", ha="center", va="center", transform=axes.transAxes, color="gray")
+            axes.text(0.5, 0.5, "nothing recorded", ha="center", transform=axes.transAxes)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
 
@@ -269,28 +290,35 @@ def run_name(script, flags):
     return f"{name[: 199 - len(flags.uid)]}-{flags.uid}"
 
 
-# What may differ when a run goes on: where and how it computes, what it measures and keeps. The rest makes it the run it is.
-CHANGEABLE = {
-    *("gpus", "processes", "num_workers", "sample_dtype", "fp16", "code_bs", "sp", "accum", "epochs"),
-    *("fast_linear_probe", "val_n_way", "val_n_shot", "probe_lr", "probe_epochs", "probe_bs", "probe_bs_val"),
-    *("probe_ignore_z", "probe_augs_per_image", "global_pool", "ex_for_mse_loss", "z_per_ex_loss", "eval_bs"),
-    *("ex_for_vis_tr", "ex_for_vis_te", "z_per_ex_vis", "steps_per_eval", "get_mae_baseline"),
-    *("save_folder", "suffix", "uid", "resume", "save_iter", "save_minutes", "wandb", "notes", "mae_weights"),
-}
+# What may differ when a run goes on: where and how it computes, what it measures and keeps. The
+# rest makes it the run it is.
+CHANGEABLE = frozenset(
+    "gpus processes num_workers sample_dtype fp16 code_bs sp accum epochs fast_linear_probe "
+    "val_n_way val_n_shot probe_lr probe_epochs probe_bs probe_bs_val probe_ignore_z "
+    "probe_augs_per_image global_pool ex_for_mse_loss z_per_ex_loss eval_bs ex_for_vis_tr "
+    "ex_for_vis_te z_per_ex_vis steps_per_eval get_mae_baseline save_folder suffix uid resume "
+    "save_iter save_minutes wandb notes mae_weights".split()
+)
 
 
 def locate_run(script, flags):
-    """(folder, checkpoint or None): of the run with these flags' uid, or that --resume names, where it stood; else a new one."""
+    """(folder, checkpoint or None): of the run with these flags' uid, or that --resume names, where
+    it stood; else a new one."""
     models = Path(flags.save_folder).expanduser() / "models"
     if flags.resume:
         folder = Path(flags.resume).absolute().parent.parent
     else:
-        folder = next(iter(sorted(models.glob(f"*-{glob.escape(flags.uid)}"))), models / run_name(script, flags))
+        folder = next(
+            iter(sorted(models.glob(f"*-{glob.escape(flags.uid)}"))),
+            models / run_name(script, flags),
+        )
     if not folder.exists():
         return folder, None
     path, checkpoint = newest_checkpoint(folder)
     if flags.resume and (path is None or not path.samefile(flags.resume)):
-        raise InputError(f"--resume {flags.resume}: is not the newest checkpoint of its run, which is {path}")
+        raise InputError(
+            f"--resume {flags.resume}: is not the newest checkpoint of its run, which is {path}"
+        )
     if checkpoint is None:
         say(f"note: {folder} has no checkpoint yet: starting over")
         return folder, None
@@ -298,10 +326,12 @@ def locate_run(script, flags):
     changed = [name for name in new if name not in CHANGEABLE and new[name] != old.get(name)]
     if changed:
         shown = ", ".join(f"--{name} was {old.get(name)}, is {new[name]}" for name in changed)
-        raise InputError(f"--uid {flags.uid}: a run of this name was started with other flags ({shown}): choose another --uid")
-    for name in ("epochs",):
-        if new[name] != old[name]:
-            say(f"note: --{name} was {old[name]}, is {new[name]}")
+        raise InputError(
+            f"--uid {flags.uid}: that run was started with other flags ({shown}); "
+            "give those, or choose another --uid"
+        )
+    if new["epochs"] != old["epochs"]:
+        say(f"note: --epochs was {old['epochs']}, is {new['epochs']}")
     return folder, checkpoint
 
 
@@ -309,18 +339,24 @@ def describe_run(flags):
     """What config.json holds: resolved flags, versions, git commit, command."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     packages = ("torch", "torchvision", "timm", "numpy", "pillow")
     return {
         "flags": vars(flags),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
         "git_commit": git.stdout.strip() or None,
         "command": shlex.join([sys.executable, *sys.argv]),
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Checkpoints: tensors and plain data only, so that torch.load(weights_only=True) reads them.
 
 
@@ -344,8 +380,8 @@ def save_checkpoint(path, state):
 
 
 def read_checkpoint(path):
-    """The dict in a checkpoint of ours or of facebookresearch/mae, whose training files hold an argparse.Namespace; an InputError
-    where it is missing, damaged, or wants to run code."""
+    """The dict in a checkpoint of ours or of facebookresearch/mae, whose training files hold an
+    argparse.Namespace; an InputError where it is missing, damaged, or wants to run code."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise InputError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
@@ -358,14 +394,17 @@ def read_checkpoint(path):
         reason = "it holds more than tensors and plain data, or is no checkpoint"
         raise InputError(f"{path} was refused: {reason}") from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}"
+        ) from None
     if not isinstance(content, dict):
         raise InputError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
     return content
 
 
 def newest_checkpoint(folder):
-    """(path, content) of the newest checkpoint in a run's folder that can be read, else (None, None)."""
+    """(path, content) of the newest checkpoint in a run's folder that can be read, else (None,
+    None)."""
     for path in sorted(Path(folder, "checkpoints").glob("step_*.pt"), reverse=True):
         try:
             return path, read_checkpoint(path)
@@ -374,7 +413,7 @@ def newest_checkpoint(folder):
     return None, None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Weights to start from.
 
 MAE_ADDRESS = "https://dl.fbaipublicfiles.com/mae/"
@@ -387,11 +426,13 @@ PUBLISHED = {  # of facebookresearch/mae, CC-BY-NC 4.0; see its issues 3 and 8
 
 
 def published_weights(arch, folder="mae_checkpoints"):
-    """The path of the published MAE weights for an arch, fetched on first use; an InputError says what to do where that fails."""
+    """The path of the published MAE weights for an arch, fetched on first use; an InputError says
+    what to do where that fails."""
     if arch not in PUBLISHED:
         raise InputError(
-            f"--finetune 1: there are no published weights for --arch {arch} (only for {', '.join(PUBLISHED)}); "
-            "name a file with --mae_weights, or train from scratch with --finetune 0"
+            f"--finetune 1: no weights are published for --arch {arch} (but for "
+            f"{', '.join(PUBLISHED)}); name a file with --mae_weights, "
+            "or train from scratch with --finetune 0"
         )
     address = MAE_ADDRESS + PUBLISHED[arch]
     path = Path(folder) / Path(address).name
@@ -402,27 +443,45 @@ def published_weights(arch, folder="mae_checkpoints"):
             torch.hub.download_url_to_file(address, str(path), progress=sys.stderr.isatty())
         except OSError as error:
             raise InputError(
-                f"--finetune 1: could not fetch {address} ({error}); fetch it elsewhere and put it at {path}, "
-                "name another file with --mae_weights, or train from scratch with --finetune 0"
+                f"--finetune 1: could not fetch {address} ({error}); fetch it elsewhere and put it "
+                f"at {path}, name another file with --mae_weights, "
+                "or train from scratch with --finetune 0"
             ) from None
     return str(path)
 
 
-SIZES = ("patch_size", "dim", "depth", "num_heads", "decoder_dim", "decoder_depth", "decoder_num_heads")
+SIZES = (
+    "patch_size",
+    "dim",
+    "depth",
+    "num_heads",
+    "decoder_dim",
+    "decoder_depth",
+    "decoder_num_heads",
+)
 
 
 def load_model(source, **overrides):
-    """An ImplicitMAE with the weights in a file of ours or in facebookresearch/mae's layout; `overrides` replace fields of its
-    ModelConfig. An InputError where its sizes are not those that the overrides ask for."""
+    """An ImplicitMAE with the weights in a file of ours or in facebookresearch/mae's layout;
+    `overrides` replace fields of its ModelConfig. An InputError where its sizes are not those that
+    the overrides ask for."""
     content = read_checkpoint(source)
     state = content.get("model", content)
-    heads = {name: overrides[name] for name in ("num_heads", "decoder_num_heads") if name in overrides}
+    heads = {
+        name: overrides[name] for name in ("num_heads", "decoder_num_heads") if name in overrides
+    }
     try:
-        config = ModelConfig(**content["config"]) if "config" in content else infer_config(state, **heads)
+        config = (
+            ModelConfig(**content["config"])
+            if "config" in content
+            else infer_config(state, **heads)
+        )
         wanted = dataclasses.replace(config, **overrides)
         for name in SIZES:
             if getattr(config, name) != getattr(wanted, name):
-                raise InputError(f"its {name} is {getattr(config, name)}, expected was {getattr(wanted, name)}")
+                raise InputError(
+                    f"its {name} is {getattr(config, name)}, expected was {getattr(wanted, name)}"
+                )
         model = build(wanted)
         if not load_weights(model, state, config.grid) and model.code_dim:
             say(f"note: the injections start fresh: {source} has none, or others")
@@ -445,11 +504,14 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Inside `with`, SIGTERM and SIGINT ask the run to stop after its gradient step; a second one stops it at once."""
+    """Inside `with`, SIGTERM and SIGINT ask the run to stop after its gradient step; a second one
+    stops it at once."""
 
     def __enter__(self):
         self.signal = 0
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {
+            number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         return self
 
     def __exit__(self, *_):
@@ -471,8 +533,9 @@ class StopSignal:
 
 
 def run_command(command):
-    """Runs a program's function and turns its errors into a line and an exit status: 2 for bad input, 1 for a run that can't
-    go on, 130 for an interruption, 0 for a run that stopped as it was asked to."""
+    """Runs a program's function and turns its errors into a line and an exit status: 2 for bad
+    input, 1 for a run that can't go on, 130 for an interruption, 0 for a run that stopped as it was
+    asked to."""
     try:
         command()
     except InputError as error:

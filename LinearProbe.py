@@ -1,4 +1,5 @@
-"""Linear probes: how much of the classes an encoder's features hold, for a linear head and for nearest neighbours."""
+"""Linear probes: how much of the classes an encoder's features hold, for a linear head and for
+nearest neighbours."""
 
 import json
 import sys
@@ -24,12 +25,23 @@ from Utils import (
 
 
 def linear_probe(
-    features, labels, features_test, labels_test, *, lr=1e-3, epochs=100, batch_size=16, weight_decay=0.01, seed=0
+    features,
+    labels,
+    features_test,
+    labels_test,
+    *,
+    lr=1e-3,
+    epochs=100,
+    batch_size=16,
+    weight_decay=0.01,
+    seed=0,
 ):
-    """Trains a linear head on features (n, C), labels (n,) by AdamW (warm-up of a tenth, cosine decay), and evaluates it.
+    """Trains a linear head on features (n, C), labels (n,) by AdamW (warm-up of a tenth, cosine
+    decay), and evaluates it.
 
-    Returns accuracies as fractions: top1, top5, and knn of `nearest_neighbors`, which needs no training. Features are
-    standardised by the training features' mean and deviation. Its random numbers are its own."""
+    Returns accuracies as fractions: top1, top5, and knn of `nearest_neighbors`, which needs no
+    training. Features are standardised by the training features' mean and deviation. Its random
+    numbers are its own."""
     mean, std = features.mean(0), features.std(0) + 1e-6
     features, features_test = (features - mean) / std, (features_test - mean) / std
     n, n_classes = len(features), int(max(labels.max(), labels_test.max())) + 1
@@ -49,7 +61,9 @@ def linear_probe(
             optimizer.step()
             step += 1
     with torch.no_grad():
-        ranked = F.linear(features_test, weight, bias).argsort(dim=1, descending=True)  # (n_test, n_classes)
+        ranked = F.linear(features_test, weight, bias).argsort(
+            dim=1, descending=True
+        )  # (n_test, n_classes)
     hits = ranked[:, :5] == labels_test[:, None]
     return {
         "top1": hits[:, 0].float().mean().item(),
@@ -59,21 +73,26 @@ def linear_probe(
 
 
 def nearest_neighbors(features, labels, features_test, labels_test, k=20, temperature=0.07):
-    """The accuracy of the k nearest training features' vote by cosine similarity (Wu et al. 2018, section 3.4), a fraction."""
+    """The accuracy of the k nearest training features' vote by cosine similarity (Wu et al. 2018,
+    section 3.4), a fraction."""
     features, features_test = F.normalize(features, dim=1), F.normalize(features_test, dim=1)
     votes = F.one_hot(labels).float()
     right = 0
     for test, truth in zip(features_test.split(1024), labels_test.split(1024), strict=True):
         similarity, nearest = (test @ features.T).topk(min(k, len(features)), dim=1)
-        scores = ((similarity / temperature).exp()[..., None] * votes[nearest]).sum(1)  # (n, n_classes)
+        scores = ((similarity / temperature).exp()[..., None] * votes[nearest]).sum(
+            1
+        )  # (n, n_classes)
         right += (scores.argmax(1) == truth).sum()
     return (right / len(labels_test)).item()
 
 
 @torch.no_grad()
-def extract_features(model, loader, indices, seeds, *, device, dtype, batch_size, global_pool=True, ignore_codes=True):
-    """The encoder's features (n, C) float32 of images indices (n,), cropped by seeds (n,): the mean of the patch tokens, or
-    the class token. Every process computes its share and gets all."""
+def extract_features(
+    model, loader, indices, seeds, *, device, dtype, batch_size, global_pool=True, ignore_codes=True
+):
+    """The encoder's features (n, C) float32 of images indices (n,), cropped by seeds (n,): the mean
+    of the patch tokens, or the class token. Every process computes its share and gets all."""
     features = torch.zeros(len(indices), model.config.dim, device=device)
     chunks = loader.chunks(indices, seeds, batch_size)
     with autocast(device, dtype):
@@ -86,7 +105,8 @@ def extract_features(model, loader, indices, seeds, *, device, dtype, batch_size
 
 
 class FastProbe:
-    """The few-shot probe that watches training. Its images are chosen once; a call with a model gives its accuracies."""
+    """The few-shot probe that watches training. Its images are chosen once; a call with a model
+    gives its accuracies."""
 
     def __init__(
         self,
@@ -102,21 +122,25 @@ class FastProbe:
         seed,
         **options,
     ):
-        """n_way and n_shot are maxima; options: `device`, `dtype`, `batch_size`, `global_pool`, `ignore_codes` of
-        extract_features, and `head`, the keywords of linear_probe."""
+        """n_way and n_shot are maxima; options: `device`, `dtype`, `batch_size`, `global_pool`,
+        `ignore_codes` of extract_features, and `head`, the keywords of linear_probe."""
         n_classes = len(images_tr.classes)
         if n_classes < 2:
             raise InputError(
-                f"a linear probe needs two classes, there is {n_classes} (--fast_linear_probe 0 does without)"
+                f"--data_tr: a probe needs at least two classes, there is {n_classes}; "
+                "train without a probe by --fast_linear_probe 0"
             )
         counts = torch.bincount(torch.as_tensor(images_tr.targets))
         ways, shots = min(n_way, n_classes), min(n_shot, int(counts.min()))
         if (ways, shots) != (n_way, n_shot):
-            IO.say(f"note: the probe has {ways} classes (--val_n_way) with {shots} images each (--val_n_shot)")
+            IO.say(f"note: the probe has --val_n_way {ways} classes of --val_n_shot {shots} images")
         train = Data.few_shot(images_tr, ways, shots, seed)
         test = Data.with_classes(images_val, train.classes)
         self.sets = []  # (loader, indices, seeds, labels) for training and for the test
-        for images, transform, copies in ((train, transform_tr, augs_per_image), (test, transform_te, 1)):
+        for images, transform, copies in (
+            (train, transform_tr, augs_per_image),
+            (test, transform_te, 1),
+        ):
             indices = torch.arange(len(images)).repeat(copies)
             seeds = mix_seeds(seed, Stream.PROBE, indices, Data.occurrences(indices))
             loader = Data.ImageLoader(images, transform, num_workers=num_workers)
@@ -168,7 +192,9 @@ def main(argv=None):
 
 def start(flags):
     """Opens the data and runs the probe in as many processes as there are devices."""
-    images = Data.open_pair(flags.data_tr, flags.data_val, flags.train_n_way, flags.train_n_shot, flags.seed)
+    images = Data.open_pair(
+        flags.data_tr, flags.data_val, flags.train_n_way, flags.train_n_shot, flags.seed
+    )
     launch(run, flags.gpus, flags, *images)
 
 

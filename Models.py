@@ -1,7 +1,8 @@
-"""A masked autoencoder (He et al. 2022) with latent codes injected into its blocks: pure tensors in and out.
+"""A masked autoencoder (He et al. 2022) with latent codes injected into its blocks: pure tensors in
+and out.
 
-Letters in shapes: N images, K codes per image, L patches, V visible and M masked ones (V + M = L), T tokens, C channels,
-D numbers per code, P pixels along a patch."""
+Letters in shapes: N images, K codes per image, L patches, V visible and M masked ones (V + M = L),
+T tokens, C channels, D numbers per code, P pixels along a patch."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +22,8 @@ from Utils import InputError, Stream, mix_seeds, random_normal
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and options of a model; saved in every checkpoint, so that the model can be built again from it."""
+    """Sizes and options of a model; saved in every checkpoint, so that the model can be built again
+    from it."""
 
     image_size: tuple[int, int] = (224, 224)  # height, width
     patch_size: int = 16
@@ -31,8 +33,12 @@ class ModelConfig:
     decoder_dim: int = 512
     decoder_depth: int = 8
     decoder_num_heads: int = 16
-    norm_pix_loss: bool = True  # what the predictions are trained to be: patches normalised one by one, or raw pixels
-    ip_spec: tuple[tuple[int | str, str], ...] = ()  # (place, method): block 0..., decoder blocks from `depth` on, "mask"
+    norm_pix_loss: bool = (
+        True  # what the predictions are trained to be: patches normalised one by one, or raw pixels
+    )
+    ip_spec: tuple[
+        tuple[int | str, str], ...
+    ] = ()  # (place, method): block 0..., decoder blocks from `depth` on, "mask"
     latent_dim: int = 512
     mapping_net_layers: int = 8
     mapping_net_h_dim: int = 512
@@ -46,7 +52,8 @@ class ModelConfig:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
 
-# To add a size, add a row. The published MAEs share one decoder (He et al. 2022, section 4); tiny and small are timm's widths.
+# To add a size, add a row. The published MAEs share one decoder (He et al. 2022, section 4); tiny
+# and small are timm's widths.
 PRESETS = {
     "vit_base": ModelConfig(),
     "vit_base_vis": ModelConfig(norm_pix_loss=False),
@@ -55,12 +62,19 @@ PRESETS = {
     "vit_tiny": ModelConfig(dim=192, num_heads=3),
     "vit_small": ModelConfig(dim=384, num_heads=6),
     "vit_demo": ModelConfig(
-        (32, 32), 4, dim=128, depth=4, num_heads=4, decoder_dim=64, decoder_depth=2, decoder_num_heads=4
+        (32, 32),
+        4,
+        dim=128,
+        depth=4,
+        num_heads=4,
+        decoder_dim=64,
+        decoder_depth=2,
+        decoder_num_heads=2,
     ),
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Injection: how a code changes the tokens of a place in the network.
 
 ACTIVATIONS = {"leakyrelu": partial(nn.LeakyReLU, 0.2), "relu": nn.ReLU, "gelu": nn.GELU}
@@ -74,8 +88,9 @@ class PixelNorm(nn.Module):
 
 
 class EqualizedLinear(nn.Module):
-    """A linear layer whose weights are drawn with std 1/lrmul and scaled at run time by sqrt(2/fan_in)*lrmul (StyleGAN,
-    Karras et al. 2019). Adam's steps then are a share of about lr*lrmul of a weight."""
+    """A linear layer whose weights are drawn with std 1/lrmul and scaled at run time by
+    sqrt(2/fan_in)*lrmul (StyleGAN, Karras et al. 2019). Adam's steps then are a share of about
+    lr*lrmul of a weight."""
 
     def __init__(self, n_in, n_out, lrmul):
         super().__init__()
@@ -88,11 +103,19 @@ class EqualizedLinear(nn.Module):
 
 
 def mapping_net(config, n_out):
-    """Codes (..., latent_dim) -> (..., n_out). With adain_init="identity" its outputs start at zero."""
-    sizes = [config.latent_dim, *[config.mapping_net_h_dim] * (config.mapping_net_layers - 1), n_out]
+    """Codes (..., latent_dim) -> (..., n_out). With adain_init="identity" its outputs start at
+    zero."""
+    sizes = [
+        config.latent_dim,
+        *[config.mapping_net_h_dim] * (config.mapping_net_layers - 1),
+        n_out,
+    ]
     layers = [PixelNorm()]
     for n_in, n_next in zip(sizes, sizes[1:], strict=False):
-        layers += [EqualizedLinear(n_in, n_next, config.mapping_net_lrmul), ACTIVATIONS[config.act_type]()]
+        layers += [
+            EqualizedLinear(n_in, n_next, config.mapping_net_lrmul),
+            ACTIVATIONS[config.act_type](),
+        ]
     if config.adain_init == "identity":
         layers.pop()
         nn.init.zeros_(layers[-1].weight)
@@ -115,7 +138,8 @@ class AdaIN(nn.Module):
 
 
 class LocalAdaIN(nn.Module):
-    """One shift and one scale per token, the same for all channels. A LayerNorm would cancel it: it acts behind."""
+    """One shift and one scale per token, the same for all channels. A LayerNorm would cancel it: it
+    acts behind."""
 
     after_norm = True
 
@@ -144,13 +168,14 @@ class Add(nn.Module):
         return tokens + pick(codes.unflatten(-1, (-1, self.channels)), positions)
 
 
-# To add a method of injection, write a class like those above and name it here. It is built with the config, the channels C
-# of its place and the number of positions 1+L, and called with tokens (N, K or 1, T, C), codes (N, K, code_dim) and
-# the tokens' positions (N, T): 0 for the class token, 1... for the patches in raster order. It returns (N, K, T, C).
+# To add a method of injection, write a class like those above and name it here. It is built with
+# the config, the channels C of its place and the number of positions 1+L, and called with tokens
+# (N, K or 1, T, C), codes (N, K, code_dim) and the tokens' positions (N, T): 0 for the class token,
+# 1... for the patches in raster order. It returns (N, K, T, C).
 INJECTIONS = {"adain": AdaIN, "local_adain": LocalAdaIN, "add": Add}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def pick(values, indices):
@@ -175,7 +200,8 @@ def unpatchify(patches, grid):
 
 
 def patch_statistics(patches):
-    """Mean and standard deviation of each patch, as norm_pix_loss takes them (unbiased variance + 1e-6)."""
+    """Mean and standard deviation of each patch, as norm_pix_loss takes them (unbiased variance +
+    1e-6)."""
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
@@ -195,10 +221,13 @@ def masked_patches(mask, n_masked):
 
 
 def reconstruction_loss(pred, images, mask, norm_pix_loss=True):
-    """Mean squared error over each image's masked patches (MAE, section 3): (N,) for pred (N, L or M, P*P*3), (N, K) for
-    (N, K, L or M, P*P*3). images (N,3,H,W) normalised; mask (N,L), 1 = removed; all images have M removed patches."""
+    """Mean squared error over each image's masked patches (MAE, section 3): (N,) for pred (N, L or
+    M, P*P*3), (N, K) for (N, K, L or M, P*P*3). images (N,3,H,W) normalised; mask (N,L), 1 =
+    removed; all images have M removed patches."""
     codes = pred if pred.ndim == 4 else pred[:, None]
-    target = target_patches(images, math.isqrt(pred.shape[-1] // 3), norm_pix_loss)[:, None]  # (N, 1, L, P*P*3)
+    target = target_patches(images, math.isqrt(pred.shape[-1] // 3), norm_pix_loss)[
+        :, None
+    ]  # (N, 1, L, P*P*3)
     if pred.shape[-2] == mask.shape[1]:
         # To try another loss, change the two lines that take a square.
         losses = (codes - target).square().mean(-1)  # (N, K, L)
@@ -213,13 +242,16 @@ class Prefix(NamedTuple):
     """What is computed once per image, before the first injection."""
 
     tokens: torch.Tensor  # (N, 1, T, C)
-    positions: torch.Tensor  # (N, 1+L): the class token's, the visible patches', the masked ones' in raster order
+    positions: (
+        torch.Tensor
+    )  # (N, 1+L): the class token's, the visible patches', the masked ones' in raster order
     mask: torch.Tensor  # (N, L), 1 = removed
     n_visible: int  # V
 
 
 class Step(NamedTuple):
-    """A part of the network: tokens (N, 1 or K, T, C), codes (N, K, D) or None, positions (N, 1+L) -> tokens."""
+    """A part of the network: tokens (N, 1 or K, T, C), codes (N, K, D) or None, positions (N, 1+L)
+    -> tokens."""
 
     run: Callable
     reads_codes: bool = False
@@ -231,8 +263,9 @@ def each_code(block, tokens):
 
 
 class ImplicitMAE(nn.Module):
-    """A masked autoencoder whose completions depend on latent codes. Without codes, or with an empty ip_spec, it is MAE,
-    and its parameters have the names of facebookresearch/mae; those of injections are `injections.PLACE.*`."""
+    """A masked autoencoder whose completions depend on latent codes. Without codes, or with an
+    empty ip_spec, it is MAE, and its parameters have the names of facebookresearch/mae; those of
+    injections are `injections.PLACE.*`."""
 
     def __init__(self, config):
         super().__init__()
@@ -248,9 +281,12 @@ class ImplicitMAE(nn.Module):
         self.norm = norm(c.dim)
         self.decoder_embed = nn.Linear(c.dim, c.decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_dim))
-        self.decoder_pos_embed = nn.Parameter(sincos_position_embedding(c.grid, c.decoder_dim), requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(
+            sincos_position_embedding(c.grid, c.decoder_dim), requires_grad=False
+        )
         self.decoder_blocks = nn.ModuleList(
-            Block(c.decoder_dim, c.decoder_num_heads, qkv_bias=True, norm_layer=norm) for _ in range(c.decoder_depth)
+            Block(c.decoder_dim, c.decoder_num_heads, qkv_bias=True, norm_layer=norm)
+            for _ in range(c.decoder_depth)
         )
         self.decoder_norm = norm(c.decoder_dim)
         self.decoder_pred = nn.Linear(c.decoder_dim, c.patch_size**2 * 3)
@@ -279,7 +315,8 @@ class ImplicitMAE(nn.Module):
     # The network is a list of steps, which is split in front of the first that reads codes.
 
     def _inject(self, place):
-        """The step that injects codes at a place, as a list of one; empty where nothing is injected."""
+        """The step that injects codes at a place, as a list of one; empty where nothing is
+        injected."""
         if place not in self.code_slices:
             return []
 
@@ -311,7 +348,8 @@ class ImplicitMAE(nn.Module):
         ]
 
     def _append_mask_tokens(self, tokens, codes, positions):
-        """(N, 1 or K, 1+V, C) -> (N, 1 or K, 1+L, C) in the order of `positions`, with position embeddings."""
+        """(N, 1 or K, 1+V, C) -> (N, 1 or K, 1+L, C) in the order of `positions`, with position
+        embeddings."""
         n, _, n_visible, channels = tokens.shape
         masked = positions[:, n_visible:]  # (N, M)
         mask_tokens = self.mask_token[None].expand(n, 1, masked.shape[1], channels)
@@ -322,7 +360,8 @@ class ImplicitMAE(nn.Module):
         return tokens + self.decoder_pos_embed[0][positions][:, None]
 
     def _embed(self, images, positions):
-        """images (N,3,H,W) -> class token and the patches at positions[:, 1:], embedded: (N, 1, T, C)."""
+        """images (N,3,H,W) -> class token and the patches at positions[:, 1:], embedded: (N, 1, T,
+        C)."""
         patches = self.patch_embed(images) + self.pos_embed[:, 1:]
         patches = pick(patches[:, None], positions[:, 1:] - 1)
         class_token = (self.cls_token + self.pos_embed[:, :1])[None].expand(len(images), -1, -1, -1)
@@ -335,20 +374,24 @@ class ImplicitMAE(nn.Module):
         return steps[:first], steps[first:]
 
     def prefix(self, images, mask_noise, mask_ratio=0.75):
-        """images (N,3,H,W) normalised, mask_noise (N,L) -> what no code changes: a Prefix for `suffix`."""
+        """images (N,3,H,W) normalised, mask_noise (N,L) -> what no code changes: a Prefix for
+        `suffix`."""
         n, length = mask_noise.shape
         n_visible = int(length * (1 - mask_ratio))
         order = mask_noise.argsort(dim=1, stable=True)
         visible, masked = order[:, :n_visible], order[:, n_visible:].sort(dim=1).values
         mask = torch.ones_like(mask_noise).scatter_(1, visible, 0)
-        positions = F.pad(torch.cat([visible, masked], dim=1) + 1, (1, 0))  # (N, 1+L), 0: the class token
+        positions = F.pad(
+            torch.cat([visible, masked], dim=1) + 1, (1, 0)
+        )  # (N, 1+L), 0: the class token
         tokens = self._embed(images, positions[:, : 1 + n_visible])
         for step in self._split()[0]:
             tokens = step.run(tokens, None, positions)
         return Prefix(tokens, positions, mask, n_visible)
 
     def suffix(self, prefix, codes, masked_only=True):
-        """Predictions (N, K, M or L, P*P*3) in raster order for codes (N, K, D); without codes there is no K."""
+        """Predictions (N, K, M or L, P*P*3) in raster order for codes (N, K, D); without codes
+        there is no K."""
         tokens = prefix.tokens
         for step in self._split()[1]:
             tokens = step.run(tokens, codes, prefix.positions)
@@ -359,13 +402,15 @@ class ImplicitMAE(nn.Module):
         return pred[:, 0] if codes is None else pred
 
     def forward(self, images, mask_noise, codes=None, mask_ratio=0.75, masked_only=False):
-        """images (N,3,H,W) normalised, mask_noise (N,L) whose argsort is the mask as in MAE, codes (N,K,D) or None ->
-        pred (N, K, L, P*P*3), without codes (N, L, P*P*3); mask (N, L), 1 = removed."""
+        """images (N,3,H,W) normalised, mask_noise (N,L) whose argsort is the mask as in MAE, codes
+        (N,K,D) or None -> pred (N, K, L, P*P*3), without codes (N, L, P*P*3); mask (N, L), 1 =
+        removed."""
         prefix = self.prefix(images, mask_noise, mask_ratio)
         return self.suffix(prefix, codes, masked_only), prefix.mask
 
     def encode(self, images, codes=None):
-        """images (N,3,H,W) normalised, codes (N, D) or None -> unmasked tokens (N, 1+L, C) after the encoder's norm."""
+        """images (N,3,H,W) normalised, codes (N, D) or None -> unmasked tokens (N, 1+L, C) after
+        the encoder's norm."""
         length = self.pos_embed.shape[1]
         positions = torch.arange(length, device=images.device).expand(len(images), -1)
         tokens = self._embed(images, positions)
@@ -374,17 +419,23 @@ class ImplicitMAE(nn.Module):
         return tokens[:, 0]
 
     def sample_codes(self, seeds, k, first=0):
-        """seeds (N,) int64 -> codes (N, k, D) from the prior N(0, I): numbers `first` to `first + k` of each seed's."""
-        codes = random_normal(mix_seeds(seeds, Stream.CODE), k * self.code_dim, first * self.code_dim)
+        """seeds (N,) int64 -> codes (N, k, D) from the prior N(0, I): numbers `first` to `first +
+        k` of each seed's."""
+        codes = random_normal(
+            mix_seeds(seeds, Stream.CODE), k * self.code_dim, first * self.code_dim
+        )
         return codes.unflatten(1, (k, self.code_dim))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def sincos_position_embedding(grid, dim):
-    """Fixed 2-D sine-cosine embedding (1, 1+L, dim), zero for the class token, in MAE's order (the column's half first)."""
-    x = build_sincos2d_pos_embed(list(grid), dim)  # (L, dim) as sin(row), sin(column), cos(row), cos(column)
+    """Fixed 2-D sine-cosine embedding (1, 1+L, dim), zero for the class token, in MAE's order (the
+    column's half first)."""
+    x = build_sincos2d_pos_embed(
+        list(grid), dim
+    )  # (L, dim) as sin(row), sin(column), cos(row), cos(column)
     x = x.unflatten(1, (2, 2, -1)).transpose(1, 2).flip(1).flatten(1)
     return F.pad(x, (0, 0, 1, 0))[None]
 
@@ -395,34 +446,40 @@ def build(config):
 
 
 def parameter_groups(model, weight_decay):
-    """Groups for AdamW: of the MAE ("mae") and of the injections ("z"), each with decay and, for biases, norms and
-    tokens, without. Frozen position embeddings are left out."""
+    """Groups for AdamW: of the MAE ("mae") and of the injections ("z"), each with decay and, for
+    biases, norms and tokens, without. Frozen position embeddings are left out."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = "z" if name.startswith("injections.") else "mae"
             decay = 0.0 if parameter.ndim < 2 or name.endswith("_token") else weight_decay
-            group = groups.setdefault((part, decay), {"params": [], "part": part, "weight_decay": decay})
+            group = groups.setdefault(
+                (part, decay), {"params": [], "part": part, "weight_decay": decay}
+            )
             group["params"].append(parameter)
     return list(groups.values())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Weights from elsewhere.
 
 
 def infer_config(state, **overrides):
-    """The ModelConfig of a state dict in facebookresearch/mae's layout, read off its shapes. What they can't tell, the numbers
-    of heads, comes from the preset that fits or from `overrides`."""
+    """The ModelConfig of a state dict in facebookresearch/mae's layout, read off its shapes. What
+    they can't tell, the numbers of heads, comes from the preset that fits or from `overrides`."""
     try:
         dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
         length = state["pos_embed"].shape[1] - 1
         decoder_dim = state["decoder_embed.weight"].shape[0]
     except KeyError as error:
-        raise InputError(f"not the weights of a masked autoencoder: there is no {error} in them") from None
+        raise InputError(
+            f"not the weights of a masked autoencoder: there is no {error} in them"
+        ) from None
     side = math.isqrt(length)
     if side**2 != length and "image_size" not in overrides:
-        raise InputError(f"these weights have {length} positions, not a square: give image_size=(height, width)")
+        raise InputError(
+            f"these weights have {length} positions, not a square: give image_size=(height, width)"
+        )
     sizes = {
         "dim": dim,
         "depth": count_blocks(state, "blocks"),
@@ -430,12 +487,20 @@ def infer_config(state, **overrides):
         "decoder_depth": count_blocks(state, "decoder_blocks"),
         "patch_size": patch_size,
     }
-    fits = [p for p in PRESETS.values() if all(getattr(p, name) == size for name, size in sizes.items())]
-    heads = {name: getattr(fits[0], name) for name in ("num_heads", "decoder_num_heads")} if fits else {}
+    fits = [
+        p for p in PRESETS.values() if all(getattr(p, name) == size for name, size in sizes.items())
+    ]
+    heads = (
+        {name: getattr(fits[0], name) for name in ("num_heads", "decoder_num_heads")}
+        if fits
+        else {}
+    )
     known = {"image_size": (side * patch_size, side * patch_size), **sizes, **heads, **overrides}
     if not {"num_heads", "decoder_num_heads"} <= known.keys():
         shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise InputError(f"no preset has these sizes ({shown}): give num_heads and decoder_num_heads")
+        raise InputError(
+            f"no preset has these sizes ({shown}): give num_heads and decoder_num_heads"
+        )
     return ModelConfig(**known)
 
 
@@ -445,8 +510,9 @@ def count_blocks(state, name):
 
 
 def load_weights(model, state, grid):
-    """Copies a state dict in facebookresearch/mae's layout, or our own, into the model; position embeddings, made for `grid`, are
-    resampled to the model's. Injections are taken over where all of them fit and else stay fresh; True if they were."""
+    """Copies a state dict in facebookresearch/mae's layout, or our own, into the model; position
+    embeddings, made for `grid`, are resampled to the model's. Injections are taken over where all
+    of them fit and else stay fresh; True if they were."""
     own = model.state_dict()
     state = dict(state)
     for name in ("pos_embed", "decoder_pos_embed"):
@@ -458,19 +524,30 @@ def load_weights(model, state, grid):
     expected = own.keys() - injected
     wrong = [n for n in sorted(expected & state.keys()) if state[n].shape != own[n].shape]
     missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
-    for names, what in ((missing, "missing"), (unexpected, "unexpected"), (wrong, "of another shape")):
+    for names, what in (
+        (missing, "missing"),
+        (unexpected, "unexpected"),
+        (wrong, "of another shape"),
+    ):
         if names:
             first = names[0]
-            shapes = f": {tuple(state[first].shape)} instead of {tuple(own[first].shape)}" if names is wrong else ""
-            raise InputError(f"weights do not fit the model: {len(names)} {what}, first {first}{shapes}")
+            shapes = (
+                f": {tuple(state[first].shape)} instead of {tuple(own[first].shape)}"
+                if names is wrong
+                else ""
+            )
+            raise InputError(
+                f"weights do not fit the model: {len(names)} {what}, first {first}{shapes}"
+            )
     model.load_state_dict({**state, **(offered if fits else {})}, strict=False)
     return fits
 
 
 @torch.no_grad()
 def completions(model, images, mask_noise, codes, mask_ratio):
-    """images (N,3,H,W) normalised, codes (N,K,D) or None -> pictures uint8 (N, 2 + K or 1, 3, H, W): image, masked image, the
-    completions with the visible patches pasted in. Predicted normalised patches get the true ones' mean and deviation."""
+    """images (N,3,H,W) normalised, codes (N,K,D) or None -> pictures uint8 (N, 2 + K or 1, 3, H,
+    W): image, masked image, the completions with the visible patches pasted in. Predicted
+    normalised patches get the true ones' mean and deviation."""
     patch_size, grid = model.config.patch_size, model.config.grid
     pred, mask = model(images, mask_noise, codes, mask_ratio)
     pred = pred.float() if codes is not None else pred[:, None].float()  # (N, K, L, P*P*3)
@@ -481,4 +558,6 @@ def completions(model, images, mask_noise, codes, mask_ratio):
     removed = mask[:, None, :, None].bool()
     gray = normalize(images.new_full((1, 3, 1, 1), 128)).flatten().repeat(patch_size**2)
     columns = [true, torch.where(removed, gray, true), torch.where(removed, pred, true)]
-    return denormalize(unpatchify(torch.cat([c.expand(-1, -1, true.shape[2], -1) for c in columns], dim=1), grid))
+    return denormalize(
+        unpatchify(torch.cat([c.expand(-1, -1, true.shape[2], -1) for c in columns], dim=1), grid)
+    )

@@ -1,7 +1,8 @@
-"""Train a masked autoencoder, made implicit by latent codes, by Implicit Maximum Likelihood Estimation (Li & Malik 2018).
+"""Train a masked autoencoder, made implicit by latent codes, by Implicit Maximum Likelihood
+Estimation (Li & Malik 2018).
 
-For every image keep, of many codes, the one whose completion is nearest, and take gradient steps with it. Read `train` first,
-then `choose_codes`."""
+For every image keep, of many codes, the one whose completion is nearest, and take gradient steps
+with it. Read `train` first, then `choose_codes`."""
 
 import dataclasses
 import math
@@ -36,7 +37,7 @@ from Utils import (
     world_size,
 )
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The algorithm.
 
 
@@ -56,8 +57,8 @@ def train(
     stepping,
     rates,
 ):
-    """Trains the model on the loader's images by IMLE, from where `progress` stands. `validate` and `keeper`, which logs and saves,
-    are told of every step and know what is due."""
+    """Trains the model on the loader's images by IMLE, from where `progress` stands. `validate` and
+    `keeper`, which logs and saves, are told of every step and know what is due."""
     network = distributed(model)
     validate(model, progress)
     for epoch in range(progress.epoch, epochs):
@@ -74,17 +75,29 @@ def train(
 
 @torch.no_grad()
 def choose_codes(
-    model, images, mask_noise, seeds, *, codes_per_image, codes_per_pass, mask_ratio=0.75, prefix=None
+    model,
+    images,
+    mask_noise,
+    seeds,
+    *,
+    codes_per_image,
+    codes_per_pass,
+    mask_ratio=0.75,
+    prefix=None,
 ):
-    """IMLE's choice for one chunk on the model's device: of codes_per_image codes, each image's nearest.
+    """IMLE's choice for one chunk on the model's device: of codes_per_image codes, each image's
+    nearest.
 
-    images (N,3,H,W) normalised, mask_noise (N,L), seeds (N,) int64 -> chosen codes (N,D), their losses (N,), the mean loss over
-    all codes (N,). `prefix`: model.prefix of these images, where it is known. A non-finite loss never wins."""
+    images (N,3,H,W) normalised, mask_noise (N,L), seeds (N,) int64 -> chosen codes (N,D), their
+    losses (N,), the mean loss over all codes (N,). `prefix`: model.prefix of these images, where it
+    is known. A non-finite loss never wins."""
     prefix = model.prefix(images, mask_noise, mask_ratio) if prefix is None else prefix
     best_losses = torch.full((len(images),), math.inf, device=images.device)
     best_codes = torch.zeros(len(images), model.code_dim, device=images.device)
     total = torch.zeros(len(images), device=images.device)
-    for codes, _, losses in code_passes(model, prefix, images, seeds, codes_per_image, codes_per_pass):
+    for codes, _, losses in code_passes(
+        model, prefix, images, seeds, codes_per_image, codes_per_pass
+    ):
         total += losses.sum(1)
         losses, index = torch.where(losses.isfinite(), losses, math.inf).min(1)  # (N,)
         chosen = codes.gather(1, index[:, None, None].expand(-1, 1, codes.shape[2]))[:, 0]  # (N, D)
@@ -94,8 +107,8 @@ def choose_codes(
 
 
 def code_passes(model, prefix, images, seeds, codes_per_image, codes_per_pass):
-    """Tries codes_per_image codes, codes_per_pass at a time: yields codes (N,k,D), predictions of the masked patches
-    (N,k,M,P*P*3), losses (N,k) float32."""
+    """Tries codes_per_image codes, codes_per_pass at a time: yields codes (N,k,D), predictions of
+    the masked patches (N,k,M,P*P*3), losses (N,k) float32."""
     for first in range(0, codes_per_image, codes_per_pass):
         codes = model.sample_codes(seeds, min(codes_per_pass, codes_per_image - first), first)
         pred = model.suffix(prefix, codes)
@@ -107,9 +120,12 @@ def image_losses(model, pred, images, mask):
     return reconstruction_loss(pred, images, mask, model.config.norm_pix_loss).float()
 
 
-def train_step(network, batch, rates, *, optimizer, scaler, batch_size, parts, dtype, mask_ratio, clip_grad):
-    """One gradient step on this process's share of a minibatch, computed in `parts`; the loss averaged over the whole minibatch.
-    A loss that is not finite raises a RunError, before the update."""
+def train_step(
+    network, batch, rates, *, optimizer, scaler, batch_size, parts, dtype, mask_ratio, clip_grad
+):
+    """One gradient step on this process's share of a minibatch, computed in `parts`; the loss
+    averaged over the whole minibatch. A loss that is not finite raises a RunError, before the
+    update."""
     for group in optimizer.param_groups:
         group["lr"] = rates[group["part"]]
     optimizer.zero_grad()
@@ -119,18 +135,22 @@ def train_step(network, batch, rates, *, optimizer, scaler, batch_size, parts, d
     parts = batch.split(parts)
     for part in parts:
         images, mask_noise, codes = part.to(device)
-        waiting = part is not parts[-1] and network is not model  # gradients are exchanged with the last part
+        waiting = (
+            part is not parts[-1] and network is not model
+        )  # gradients are exchanged with the last part
         with network.no_sync() if waiting else nullcontext():
             with autocast(device, dtype):
                 pred, mask = network(images, mask_noise, codes, mask_ratio, masked_only=True)
                 losses = image_losses(model, pred, images, mask)  # (n, 1), without codes (n,)
             loss = losses.sum() / batch_size
-            scaler.scale(loss * world_size()).backward()  # DDP averages gradients over the processes
+            scaler.scale(
+                loss * world_size()
+            ).backward()  # DDP averages gradients over the processes
         total += loss.detach()
     sum_over_processes(total)
     if not math.isfinite(loss := total.item()):
         names = "\n  ".join(batch.names())
-        raise RunError(f"the training loss is {loss}; the weights are as before this step. Its images:\n  {names}")
+        raise RunError(f"the training loss is {loss}, before any update. The images:\n  {names}")
     if clip_grad:
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
@@ -139,7 +159,7 @@ def train_step(network, batch, rates, *, optimizer, scaler, batch_size, parts, d
     return loss
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Pools and minibatches.
 
 
@@ -156,15 +176,18 @@ def choose_pool_codes(
     mask_ratio,
     forecast,
 ):
-    """Loads the pool's images and chooses a code for each: (n, D) on the host, None for a plain MAE. Codes and what to log about
-    them stand in `progress`, where a run that was resumed inside this epoch finds them."""
+    """Loads the pool's images and chooses a code for each: (n, D) on the host, None for a plain
+    MAE. Codes and what to log about them stand in `progress`, where a run that was resumed inside
+    this epoch finds them."""
     n, device = len(pool.indices), model.pos_embed.device
     choosing = model.code_dim > 0 and progress.codes is None
     codes = torch.zeros(n, model.code_dim, device=device)
     losses = torch.zeros(n, 3, device=device)  # of the chosen code, mean over codes, without code
     chunks = loader.chunks(pool.indices, pool.seeds, images_per_pass)
     start = time.perf_counter()
-    for rows, images in IO.watch(chunks, "sampling codes" if choosing else "loading", n, forecast if choosing else None):
+    for rows, images in IO.watch(
+        chunks, "sampling codes" if choosing else "loading", n, forecast if choosing else None
+    ):
         pool.images[rows] = images
         if choosing:
             with torch.no_grad(), autocast(device, dtype):
@@ -180,7 +203,9 @@ def choose_pool_codes(
                     codes_per_pass=codes_per_pass,
                     prefix=prefix,
                 )
-                losses[rows, 2] = image_losses(model, model.suffix(prefix, None), images, prefix.mask)
+                losses[rows, 2] = image_losses(
+                    model, model.suffix(prefix, None), images, prefix.mask
+                )
     sum_over_processes(pool.images, codes, losses)
     if choosing:
         best, mean, plain = losses.double().mean(0).tolist()
@@ -215,7 +240,7 @@ class Progress:
         self.codes, self.sampled, self.losses = None, {}, []
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Validation: deterministic, by test transforms and by masks and codes that are the same every time.
 
 
@@ -237,18 +262,25 @@ def examples(images, count, *, transform, seed, num_workers):
 
 @torch.no_grad()
 def evaluate(model, images, mask_noise, seeds, *, codes_per_image, codes_per_pass, mask_ratio):
-    """(N, 4) for one chunk: loss averaged over codes, of the best code, without code; standard deviation of the completions over
-    codes, averaged over masked values. codes_per_image=0: without codes only."""
+    """(N, 4) for one chunk: loss averaged over codes, of the best code, without code; standard
+    deviation of the completions over codes, averaged over masked values. codes_per_image=0: without
+    codes only."""
     prefix = model.prefix(images, mask_noise, mask_ratio)
     plain = model.suffix(prefix, None).float()  # (N, M, P*P*3)
     plain_loss = image_losses(model, plain, images, prefix.mask)
     if not codes_per_image:
-        return torch.stack([plain_loss, plain_loss, plain_loss, torch.zeros_like(plain_loss)], dim=1)
+        return torch.stack(
+            [plain_loss, plain_loss, plain_loss, torch.zeros_like(plain_loss)], dim=1
+        )
     best, total = torch.full_like(plain_loss, math.inf), torch.zeros_like(plain_loss)
     first_moment, second_moment = torch.zeros_like(plain), torch.zeros_like(plain)
-    for _, pred, losses in code_passes(model, prefix, images, seeds, codes_per_image, codes_per_pass):
+    for _, pred, losses in code_passes(
+        model, prefix, images, seeds, codes_per_image, codes_per_pass
+    ):
         best, total = torch.minimum(best, losses.min(1).values), total + losses.sum(1)
-        difference = pred.float() - plain[:, None]  # to the completion without code: small numbers square exactly
+        difference = (
+            pred.float() - plain[:, None]
+        )  # to the completion without code: small numbers square exactly
         first_moment += difference.sum(1)
         second_moment += difference.square().sum(1)
     variance = second_moment / codes_per_image - (first_moment / codes_per_image).square()
@@ -258,8 +290,9 @@ def evaluate(model, images, mask_noise, seeds, *, codes_per_image, codes_per_pas
 
 @dataclass
 class Validation:
-    """What is evaluated, chosen once. Called at every step, it validates, logs and draws when that is due: every steps_per_eval,
-    before the first step and after the last; steps_per_eval=0: never."""
+    """What is evaluated, chosen once. Called at every step, it validates, logs and draws when that
+    is due: every steps_per_eval, before the first step and after the last; steps_per_eval=0:
+    never."""
 
     record: IO.Run
     loss_examples: Examples
@@ -321,14 +354,19 @@ class Validation:
                 )
         sum_over_processes(rows_of_all)
         names = ("loss_te", "loss_te_best", "loss_te_no_z", "code_spread")
-        return {f"pretrain/{k}": v for k, v in zip(names, rows_of_all.double().mean(0).tolist(), strict=True)}
+        return {
+            f"pretrain/{k}": v
+            for k, v in zip(names, rows_of_all.double().mean(0).tolist(), strict=True)
+        }
 
     @torch.no_grad()
     def picture(self, model, name, chosen, step, with_codes):
         """The grid of completions, on every process."""
         k = self.codes_per_picture if with_codes else 0
         device, (height, width) = model.pos_embed.device, model.config.image_size
-        cells = torch.zeros(len(chosen.indices), 2 + max(1, k), 3, height, width, dtype=torch.uint8, device=device)
+        cells = torch.zeros(
+            len(chosen.indices), 2 + max(1, k), 3, height, width, dtype=torch.uint8, device=device
+        )
         for rows, images in chosen.loader.chunks(chosen.indices, chosen.seeds, 8):
             images, mask_noise, seeds = prepare(model, images, chosen.seeds[rows])
             with autocast(device, self.dtype):
@@ -336,11 +374,14 @@ class Validation:
                 cells[rows] = completions(model, images, mask_noise, codes, self.mask_ratio)
         sum_over_processes(cells)
         headers = ["image", "masked", *([f"code {i + 1}" for i in range(k)] or ["completion"])]
-        return IO.picture_grid(cells.cpu(), headers, caption(name, step, model.config.norm_pix_loss))
+        return IO.picture_grid(
+            cells.cpu(), headers, caption(name, step, model.config.norm_pix_loss)
+        )
 
 
 def prepare(model, images, seeds):
-    """uint8 images and int64 seeds from the host -> images normalised, mask noise and seeds on the model's device."""
+    """uint8 images and int64 seeds from the host -> images normalised, mask noise and seeds on the
+    model's device."""
     device = model.pos_embed.device
     mask_noise = random_uniform(mix_seeds(seeds, Stream.MASK), model.pos_embed.shape[1] - 1)
     return normalize(images.to(device, non_blocking=True)), mask_noise.to(device), seeds.to(device)
@@ -349,22 +390,26 @@ def prepare(model, images, seeds):
 def caption(name, step, norm_pix_loss):
     """What a grid shows."""
     of = "training" if name.endswith("train") else "validation"
-    text = f"Completions of {of} images after {step} gradient steps; the visible patches are pasted in."
+    text = f"Completions of {of} images after {step} gradient steps, visible patches pasted in."
     if norm_pix_loss:
-        text += " The model predicts normalised patches: each is shown with the true patch's mean and deviation."
+        text += (
+            " Predicted patches are normalised: shown with the true patches' means and deviations."
+        )
     return text
 
 
 def summary(step, values):
     """One line about a validation."""
     text = f"step {step}: validation loss {values['pretrain/loss_te']:.4f} mean over codes, "
-    text += f"{values['pretrain/loss_te_best']:.4f} best, {values['pretrain/loss_te_no_z']:.4f} without code"
+    text += f"{values['pretrain/loss_te_best']:.4f} best, "
+    text += f"{values['pretrain/loss_te_no_z']:.4f} without code"
     if "fast_linear_probe/acc_te" in values:
-        text += f"; probe {values['fast_linear_probe/acc_te']:.3f}, k-NN {values['fast_linear_probe/knn_te']:.3f}"
+        text += f"; probe {values['fast_linear_probe/acc_te']:.3f}"
+        text += f", k-NN {values['fast_linear_probe/knn_te']:.3f}"
     return f"{text} ({IO.duration(values['time/validation_seconds'])})"
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Logging, saving, and putting it all together.
 
 
@@ -400,12 +445,15 @@ class Keeper:
         self.saved = time.monotonic()
 
     def after_step(self, progress):
-        """Saves where save_minutes are over, or where the run was asked to stop, which it then does."""
+        """Saves where save_minutes are over, or where the run was asked to stop, which it then
+        does."""
         stopping = self.stop.asked()
         if stopping or time.monotonic() - self.saved > 60 * self.save_minutes:
             self.save(progress)
         if stopping:
-            raise IO.Stopped(f"stopped after step {progress.step}, which is saved in {self.record.folder}")
+            raise IO.Stopped(
+                f"stopped after step {progress.step}, which is saved in {self.record.folder}"
+            )
 
     def after_epoch(self, progress, rates):
         """Logs the epoch that ends, and saves what is kept for good."""
@@ -424,8 +472,9 @@ class Keeper:
         left = (now - self.started) / self.epochs_here * (self.epochs - progress.epoch)
         text = f"epoch {progress.epoch}/{self.epochs}: loss {loss:.4f}"
         if "sampling/end_losses" in values:
-            text += f"; codes {values['sampling/first_losses']:.4f} mean, {values['sampling/end_losses']:.4f} best"
-            text += f", {values['sampling/codes_per_sec']:,.0f}/s"
+            text += f"; codes {values['sampling/first_losses']:.4f} mean, "
+            text += f"{values['sampling/end_losses']:.4f} best, "
+            text += f"{values['sampling/codes_per_sec']:,.0f}/s"
         text += f"; {IO.duration(now - self.epoch_started)}, {IO.duration(left)} left"
         IO.say(text)
         self.epoch_started = now
@@ -434,12 +483,14 @@ class Keeper:
 
 
 def distributed(model):
-    """The model as gradient steps call it: gradients are averaged over the processes, if there are several."""
+    """The model as gradient steps call it: gradients are averaged over the processes, if there are
+    several."""
     return DistributedDataParallel(model) if world_size() > 1 else model
 
 
 def learning_rates(step, *, lr, lr_z, min_lr, headstart, ramp, total, cycles):
-    """{"mae", "z"}: the rates of the MAE's and of the injections' parameters for gradient step `step`; lengths in steps."""
+    """{"mae", "z"}: the rates of the MAE's and of the injections' parameters for gradient step
+    `step`; lengths in steps."""
     shape = {"minimum": min_lr, "ramp": ramp, "total": total, "cycles": cycles}
     return {
         "mae": learning_rate(step, base=lr, start=headstart, **shape),
@@ -464,7 +515,9 @@ def make_validation(record, flags, images_tr, images_val, device, dtype):
         record,
         loss_examples=examples(images_val, flags.ex_for_mse_loss, **options),
         picture_examples={k: examples(*what, **options) for k, what in grids.items() if what[1]},
-        probe=LinearProbe.fast_probe(flags, images_tr, images_val, size, device, dtype) if probed else None,
+        probe=LinearProbe.fast_probe(flags, images_tr, images_val, size, device, dtype)
+        if probed
+        else None,
         steps_per_eval=flags.steps_per_eval,
         last_step=flags.epochs * flags.ipe,
         images_per_pass=flags.eval_bs,
@@ -478,7 +531,8 @@ def make_validation(record, flags, images_tr, images_val, device, dtype):
 
 
 def make_model(flags, checkpoint):
-    """The model that the flags ask for: with the checkpoint's weights, pretrained ones or fresh ones."""
+    """The model that the flags ask for: with the checkpoint's weights, pretrained ones or fresh
+    ones."""
     config = Flags.model_config(flags)
     if checkpoint is not None or not flags.finetune:
         model = build(config)
@@ -495,7 +549,9 @@ def run(flags, images_tr, images_val):
     device = join_processes(flags.gpus)
     flags = from_first_process(flags)  # one uid, where each process drew its own
     if flags.mini_bs < world_size():
-        raise InputError(f"--mini_bs {flags.mini_bs}: must be at least the number of processes, {world_size()}")
+        raise InputError(
+            f"--mini_bs {flags.mini_bs}: must be at least the number of processes, {world_size()}"
+        )
     folder, checkpoint = IO.locate_run("TrainIMLE", flags)
     dtype = IO.sample_dtype(flags.sample_dtype, device)
     train_dtype = fastest_dtype(device) if flags.fp16 else torch.float32
@@ -504,7 +560,9 @@ def run(flags, images_tr, images_val):
     torch.manual_seed(flags.seed)
     model = make_model(flags, checkpoint).to(device)
     size = model.config.image_size
-    optimizer = torch.optim.AdamW(parameter_groups(model, flags.wd), betas=(flags.beta1, flags.beta2), fused=True)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, flags.wd), betas=(flags.beta1, flags.beta2), fused=True
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=train_dtype == torch.float16)
     progress = Progress()
     if checkpoint is not None:
@@ -513,7 +571,9 @@ def run(flags, images_tr, images_val):
         progress = Progress(**checkpoint["progress"])
 
     with record, IO.StopSignal() as stop:
-        IO.say(f"{folder}: " + (f"going on after step {progress.step}" if checkpoint else "a new run"))
+        IO.say(
+            f"{folder}: " + (f"going on after step {progress.step}" if checkpoint else "a new run")
+        )
         train(
             model,
             Data.ImageLoader(
@@ -524,7 +584,17 @@ def run(flags, images_tr, images_val):
                 pin_memory=device.type == "cuda",
             ),
             validation,
-            Keeper(record, model, optimizer, scaler, stop, vars(flags), flags.epochs, flags.save_minutes, flags.save_iter),
+            Keeper(
+                record,
+                model,
+                optimizer,
+                scaler,
+                stop,
+                vars(flags),
+                flags.epochs,
+                flags.save_minutes,
+                flags.save_iter,
+            ),
             progress,
             epochs=flags.epochs,
             images_per_epoch=flags.ex_per_epoch,
@@ -543,7 +613,9 @@ def run(flags, images_tr, images_val):
                 "codes_per_image": flags.ns,
                 "codes_per_pass": flags.sp,
                 "mask_ratio": flags.mask_ratio,
-                "forecast": IO.Forecast(device, (flags.epochs - progress.epoch) * flags.ex_per_epoch),
+                "forecast": IO.Forecast(
+                    device, (flags.epochs - progress.epoch) * flags.ex_per_epoch
+                ),
             },
             stepping={
                 "optimizer": optimizer,
@@ -570,7 +642,9 @@ def run(flags, images_tr, images_val):
 
 def start(flags):
     """Opens the data, then runs in as many processes as there are devices."""
-    images = Data.open_pair(flags.data_tr, flags.data_val, flags.train_n_way, flags.train_n_shot, flags.seed)
+    images = Data.open_pair(
+        flags.data_tr, flags.data_val, flags.train_n_way, flags.train_n_shot, flags.seed
+    )
     launch(run, flags.gpus, flags, *images)
 
 

