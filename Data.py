@@ -18,6 +18,7 @@ from Utils import (
     InputError,
     Stream,
     mix_seeds,
+    naming,
     permutation,
     random_uniform,
     rank,
@@ -232,15 +233,12 @@ def with_classes(images, classes):
 def open_pair(data_tr, data_val, n_way, n_shot, seed):
     """Training images, reduced to a few-shot subset, and validation images of the same classes;
     messages name the flags."""
-    try:
-        flag = "--data_tr"
+    with naming("--data_tr"):
         images_tr = open_images(data_tr)
-        flag = "--train_n_way" if n_way > len(images_tr.classes) else "--train_n_shot"
+    with naming("--train_n_way" if n_way > len(images_tr.classes) else "--train_n_shot"):
         images_tr = few_shot(images_tr, n_way, n_shot, seed)
-        flag = "--data_val"
+    with naming("--data_val"):
         return images_tr, with_classes(open_images(data_val), images_tr.classes)
-    except InputError as error:
-        raise InputError(f"{flag}: {error}") from None
 
 
 # -------------------------------------------------------------------------------------------------

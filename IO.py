@@ -56,8 +56,8 @@ def watch(chunks, description, total, after_chunk=None):
 
 
 class Forecast:
-    """Says once, after the first chunk of sampling (and a second, to be past the start-up), how long
-    the run's sampling will take and what memory it holds."""
+    """Says once, after the first chunk of sampling (and a second, to be past the start-up), how
+    long the run's sampling will take and what memory it holds."""
 
     def __init__(self, device, images_left):
         self.device, self.images_left = device, images_left
@@ -500,7 +500,12 @@ def sample_dtype(name, device):
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved where it stands."""
+    """The run was asked to stop, and has saved where it stands. status: what the program exits
+    with."""
+
+    def __init__(self, message, status):
+        super().__init__(message)
+        self.status = status
 
 
 class StopSignal:
@@ -525,6 +530,11 @@ class StopSignal:
         self.signal = number
         say("asked to stop: saving after this step (ask again to stop at once)")
 
+    @property
+    def status(self):
+        """The exit status: 130 after SIGINT, else 0."""
+        return 130 if self.signal == signal.SIGINT else 0
+
     def asked(self):
         """Whether any process was asked to stop; all processes must call it together."""
         asked = torch.tensor(self.signal)
@@ -546,6 +556,7 @@ def run_command(command):
         sys.exit(fail(str(error), 1))
     except Stopped as stopped:
         say(stopped)
+        sys.exit(stopped.status)
     except KeyboardInterrupt:
         sys.exit(fail("interrupted", 130))
 

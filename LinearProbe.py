@@ -19,6 +19,7 @@ from Utils import (
     launch,
     learning_rate,
     mix_seeds,
+    naming,
     permutation,
     sum_over_processes,
 )
@@ -202,7 +203,8 @@ def run(flags, images_tr, images_val):
     """One process of the probe."""
     device = join_processes(flags.gpus)
     dtype = IO.sample_dtype(flags.sample_dtype, device)
-    model = IO.load_model(flags.model).to(device).eval()
+    with naming("--model"):
+        model = IO.load_model(flags.model).to(device)
     probe = fast_probe(flags, images_tr, images_val, model.config.image_size, device, dtype)
     n_train, n_val = probe.sizes
     IO.say(json.dumps({"model": flags.model, **probe(model), "n_train": n_train, "n_val": n_val}))

@@ -32,6 +32,7 @@ from Utils import (
     launch,
     learning_rate,
     mix_seeds,
+    naming,
     random_uniform,
     sum_over_processes,
     world_size,
@@ -451,9 +452,8 @@ class Keeper:
         if stopping or time.monotonic() - self.saved > 60 * self.save_minutes:
             self.save(progress)
         if stopping:
-            raise IO.Stopped(
-                f"stopped after step {progress.step}, which is saved in {self.record.folder}"
-            )
+            message = f"stopped after step {progress.step}, saved in {self.record.folder}"
+            raise IO.Stopped(message, self.stop.status)
 
     def after_epoch(self, progress, rates):
         """Logs the epoch that ends, and saves what is kept for good."""
@@ -538,10 +538,8 @@ def make_model(flags, checkpoint):
         model = build(config)
         model.load_state_dict(checkpoint["model"]) if checkpoint is not None else None
         return model
-    try:
+    with naming("--mae_weights"):
         return IO.load_model(flags.mae_weights, **vars(config))
-    except InputError as error:
-        raise InputError(f"--mae_weights: {error}") from None
 
 
 def run(flags, images_tr, images_val):

@@ -17,6 +17,15 @@ class InputError(Exception):
     status 2)."""
 
 
+@contextlib.contextmanager
+def naming(flag):
+    """Puts a flag's name in front of an InputError from inside."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from None
+
+
 class RunError(Exception):
     """A run that can't go on; its message says why."""
 

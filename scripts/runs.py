@@ -1,4 +1,5 @@
-"""Lists runs with what they reached last: python scripts/runs.py FOLDER [FOLDER ...], folders of runs or that hold some."""
+"""Lists runs with what they reached last: python scripts/runs.py FOLDER [FOLDER ...], folders of
+runs or that hold some."""
 
 import argparse
 import sys

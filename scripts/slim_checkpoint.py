@@ -1,4 +1,5 @@
-"""Makes a checkpoint small, to share it: weights only, in half precision. Training can't go on from it, but can start."""
+"""Makes a checkpoint small, to share it: weights only, in half precision. Training can't go on from
+it, but can start."""
 
 import argparse
 import sys

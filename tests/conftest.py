@@ -1,0 +1,63 @@
+"""What the tests share: the repository on the path, and tiny runs of the real command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+DEMO_DATA = ["--data_tr", "demo/mnist_train.tar", "--data_val", "demo/mnist_val.tar"]
+# Every size cut down, every code path kept; fp32 throughout, so that runs can be compared.
+TINY = [
+    *DEMO_DATA,
+    *"--arch vit_demo --input_size 28 --norm_pix_loss 0 --use_augs 0 --gpus cpu".split(),
+    *"--no-fp16 --sample_dtype float32 --finetune 0 --adain_init identity --latent_dim 8".split(),
+    *"--mapping_net_layers 2 --mapping_net_h_dim 16 --lr 1e-3 --num_workers 0".split(),
+    *"--ex_per_epoch 40 --ipe 4 --mini_bs 12 --epochs 2 --ns 5 --sp 3 --code_bs 16".split(),
+    *"--ex_for_mse_loss 10 --z_per_ex_loss 4 --eval_bs 4 --ex_for_vis_tr 2".split(),
+    *"--ex_for_vis_te 2 --z_per_ex_vis 2 --val_n_way 3 --val_n_shot 4 --probe_epochs 2".split(),
+]
+
+
+def command(
+    *arguments, program=(sys.executable, "TrainIMLE.py"), check=True, cwd=ROOT, **environment
+):
+    """Runs a program of the repository as a user does; the finished process, with its output."""
+    done = subprocess.run(
+        [*program, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def run_folder(save_folder):
+    """The folder of the only run under a --save_folder."""
+    (folder,) = (Path(save_folder) / "models").iterdir()
+    return folder
+
+
+def metrics(folder):
+    """The records of metrics.jsonl, without what depends on time."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    timed = ("time/", "sampling/codes_per_sec")
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(timed)} for line in lines
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """The folder of a finished tiny run, by the real command."""
+    save_folder = tmp_path_factory.mktemp("tiny")
+    command(*TINY, "--steps_per_eval", 2, "--uid", "tiny", "--save_folder", save_folder)
+    return run_folder(save_folder)

@@ -1,0 +1,525 @@
+"""Data sets, few-shot subsets, pools and minibatches, loading, transforms; against ImageFolder and
+brute force."""
+
+import bz2
+import gzip
+import itertools
+import lzma
+import os
+import pickle
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2 as T
+
+import Augmentation
+import Data
+import IO
+from Utils import InputError, seeded
+
+LONG = "/".join(["long" * 30] * 3)  # longer than any header field of a TAR
+NAMES = (
+    "cat/2.png cat/10.png cat/a/1.png cat/a-b/1.png cat/a/b/1.png cat-2/1.png cat_3/x.y.png "
+    f"Dog/N01.JPEG Dog/n01.jpg éclair/日本.png dog/{LONG}.png"
+).split() + ["a b/c d.png"]
+POOL = {"seed": 3, "shuffle": True, "fix_mask_noise": False, "image_size": (6, 8), "n_patches": 5}
+
+
+def picture(seed, mode="RGB", size=(9, 7)):
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    return Image.fromarray(noise, "RGBA").convert("RGB").convert(mode)
+
+
+def make_folder(root, names=NAMES):
+    for seed, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(seed).save(root / name)
+    return root
+
+
+def tar(path, *arguments, cwd=None):
+    subprocess.run(["tar", *arguments, "-cf", path], cwd=cwd, check=True, capture_output=True)
+    return path
+
+
+def tar_of(folder):
+    return tar(folder.with_suffix(".tar"), "-C", folder.parent, folder.name)
+
+
+def assert_equals_image_folder(images, folder):
+    expected = ImageFolder(folder)
+    assert images.classes == expected.classes
+    assert images.class_to_idx == expected.class_to_idx
+    assert images.targets.tolist() == expected.targets
+    assert len(images) == len(expected)
+    for i, (path, target) in enumerate(expected.samples):
+        assert images.name(i).endswith(os.path.relpath(path, folder))
+        image, label = images[i]
+        assert label == target
+        assert np.array_equal(image, expected[i][0])
+
+
+class Named(Data.Images):
+    """Images that exist by name only: `counts` of each class."""
+
+    def __init__(self, *counts):
+        targets = np.repeat(np.arange(len(counts)), counts)
+        names = [f"{i}.png" for i in range(len(targets))]
+        super().__init__("nowhere", names, targets, [f"class{i:03}" for i in range(len(counts))])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("made") / "data/imagenet/train")
+
+
+@pytest.fixture(scope="module")
+def opened(folder):
+    return Data.open_images(tar_of(folder))
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_equals_image_folder(folder):
+    assert_equals_image_folder(Data.open_images(folder), folder)
+
+
+@pytest.mark.parametrize("form", ["gnu", "pax"])
+@pytest.mark.parametrize("recipe", ["readme", "parent", "root", "classes", "absolute"])
+def test_tar_of_a_folder_equals_the_folder(folder, tmp_path, recipe, form):
+    arguments = {
+        "readme": ["-v", "data/imagenet/train"],
+        "parent": ["-C", "data/imagenet", "train"],
+        "root": ["-C", "data/imagenet/train", "."],
+        "classes": ["-C", "data/imagenet/train", *sorted(os.listdir(folder), reverse=True)],
+        "absolute": ["-P", folder],
+    }[recipe]
+    path = tar(tmp_path / "x.tar", f"--format={form}", *arguments, cwd=folder.parents[2])
+    assert_equals_image_folder(Data.open_images(path), folder)
+
+
+def test_tar_with_one_class_equals_the_folder(tmp_path):
+    folder = make_folder(tmp_path / "train", ["cat/1.png", "cat/2.png"])
+    assert_equals_image_folder(Data.open_images(tar_of(folder)), folder)
+
+
+def test_a_file_that_was_appended_again_replaces_the_first(tmp_path):
+    folder = make_folder(tmp_path / "train", ["a/1.png", "b/1.png"])
+    path = tar_of(folder)
+    picture(99).save(folder / "a/1.png")
+    subprocess.run(["tar", "-C", tmp_path, "-rf", path, "train/a/1.png"], check=True)
+    assert_equals_image_folder(Data.open_images(path), folder)
+
+
+def test_tar_of_hard_linked_images_equals_the_folder(tmp_path):
+    folder = make_folder(tmp_path / "train", ["a/1.png", "b/1.png"])
+    os.link(folder / "a/1.png", folder / "b/2.png")
+    assert_equals_image_folder(Data.open_images(tar_of(folder)), folder)
+
+
+def test_tar_that_holds_a_mere_link_to_an_image_is_refused(tmp_path):
+    folder = make_folder(tmp_path / "train", ["a/1.png", "b/1.png"])
+    picture(0).save(tmp_path / "elsewhere.png")
+    (folder / "b/2.png").symlink_to(tmp_path / "elsewhere.png")
+    assert_equals_image_folder(Data.open_images(folder), folder)
+    with pytest.raises(InputError, match="b/2.png"):  # ImageFolder has it: never leave it out
+        Data.open_images(tar_of(folder))
+
+
+def test_tar_survives_pickling(opened):
+    opened.load(0)
+    assert np.array_equal(pickle.loads(pickle.dumps(opened)).load(1), opened.load(1))
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_archives_are_refused(folder, tmp_path, compress):
+    path = tmp_path / "x.tar"
+    path.write_bytes(compress(tar_of(folder).read_bytes()))
+    with pytest.raises(InputError, match="x.tar is not a whole, uncompressed TAR"):
+        Data.open_images(path)
+
+
+def test_a_cut_archive_is_refused_wherever_an_image_is_lost(tmp_path):
+    path = tar_of(make_folder(tmp_path / "train", ["a/1.png", "b/1.png", f"c/{LONG}.png"]))
+    whole = path.read_bytes()
+    kept = []
+    for cut in range(0, len(whole), 128):
+        path.write_bytes(whole[:cut])
+        try:
+            kept.append((cut, len(Data.open_images(path))))
+        except InputError as error:
+            assert str(path) in str(error)
+    assert [(cut, n) for cut, n in kept if n < 3] == []
+
+
+@pytest.mark.parametrize("content", [b"", bytes(10240), b"no archive at all" * 100])
+def test_empty_and_foreign_files_are_refused(tmp_path, content):
+    path = tmp_path / "x.tar"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="x.tar"):
+        Data.open_images(path)
+
+
+@pytest.mark.parametrize("root", [".", "train", "data/train"])
+def test_images_beside_class_folders_are_refused_in_a_tar(tmp_path, root):
+    make_folder(tmp_path / "in" / root, ["stray.png", "a/1.png", "b/1.png"])
+    path = tar(tmp_path / "x.tar", "-C", tmp_path / "in", root)
+    with pytest.raises(InputError, match="x.tar holds images outside of class folders"):
+        Data.open_images(path)
+
+
+def test_a_tar_of_images_without_any_folder_is_refused(tmp_path):
+    picture(0).save(tmp_path / "1.png")
+    with pytest.raises(InputError, match="x.tar holds images outside of class folders"):
+        Data.open_images(tar(tmp_path / "x.tar", "-C", tmp_path, "1.png"))
+
+
+@pytest.mark.parametrize("make", [lambda folder: folder, tar_of])
+def test_data_without_images_are_refused(tmp_path, make):
+    (tmp_path / "train/a").mkdir(parents=True)
+    (tmp_path / "train/a/notes.txt").write_text("no image")
+    with pytest.raises(InputError, match="holds no images"):
+        Data.open_images(make(tmp_path / "train"))
+
+
+def test_an_empty_class_folder_is_refused_by_name(tmp_path):
+    folder = make_folder(tmp_path / "train", ["a/1.png"])
+    (folder / "nothing").mkdir()
+    with pytest.raises(InputError, match="nothing"):
+        Data.open_images(folder)
+
+
+@pytest.mark.parametrize("name", ["missing", "file.zip"])
+def test_what_is_neither_folder_nor_tar_is_refused(tmp_path, name):
+    (tmp_path / "file.zip").write_bytes(b"")
+    with pytest.raises(InputError, match=name):
+        Data.open_images(tmp_path / name)
+
+
+def test_checking_the_classes_does_not_take_a_pass_over_the_targets_for_each():
+    class Counted(list):
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return super().__iter__()
+
+    targets = Counted(range(50))
+    Data.check_classes("x", [str(i) for i in range(50)], targets)
+    assert targets.passes <= 2
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda folder: folder, tar_of])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_damaged_image_ends_in_a_line_that_names_it(tmp_path, capsys, make, num_workers):
+    folder = make_folder(tmp_path / "train", ["a/good.jpg", "a/bad.jpg", "b/none.jpg"])
+    picture(0, size=(64, 64)).save(folder / "a/bad.jpg")
+    content = (folder / "a/bad.jpg").read_bytes()
+    (folder / "a/bad.jpg").write_bytes(content[: len(content) // 2])
+    (folder / "b/none.jpg").write_bytes(b"")
+    images = Data.open_images(make(folder))
+    loader = Data.ImageLoader(images, Augmentation.resize((8, 8)), num_workers=num_workers)
+    images.load(1)
+    for index, name in (0, "a/bad.jpg"), (2, "b/none.jpg"):
+        with pytest.raises(Data.ImageError, match=name):
+            images.load(index)
+        indices = torch.tensor([1, index])
+        with pytest.raises(SystemExit) as ended:
+            IO.run_command(lambda i=indices: list(loader.chunks(i, i, 1)))
+        assert ended.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and name in line
+
+
+@pytest.mark.parametrize(
+    "kind",
+    "CMYK.jpg L.jpg L.png 1.png P.png LA.png RGBA.png RGB.webp F.tiff I;16.png I;16.tiff".split(),
+)
+def test_images_of_every_mode_become_rgb_as_in_image_folder(tmp_path, kind):
+    mode, ending = kind.split(".")
+    image = picture(0, "L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.array(image).astype(np.uint16) * 2)
+    (tmp_path / "a").mkdir()
+    image.save(tmp_path / f"a/1.{ending}")
+    images = Data.open_images(tmp_path, Augmentation.resize((4, 6)))
+    assert images.load(0).mode == "RGB"
+    assert np.array_equal(images.load(0), ImageFolder(tmp_path)[0][0])
+    assert images[0][0].shape == (3, 4, 6)
+    assert images[0][0].dtype == torch.uint8
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_classes", "n_way"), [(10, 3), (10, 10), (7, 1), (100, 32), (5, -1)])
+def test_few_shot_classes_are_evenly_spaced_and_targets_dense(n_classes, n_way):
+    images = Named(*[3] * n_classes)
+    subset = Data.few_shot(images, n_way, 2, seed=0)
+    n_way = n_classes if n_way == -1 else n_way
+    ways = [images.classes.index(name) for name in subset.classes]
+    assert len(ways) == n_way and ways == sorted(set(ways))
+    steps = np.diff([*ways, n_classes])
+    assert ways[0] == 0 and steps.max() - steps.min() <= 1
+    assert Counter(subset.targets.tolist()) == dict.fromkeys(range(n_way), 2)
+    for i, index in enumerate(subset.indices):
+        assert subset.name(i) == images.name(index)
+        assert ways[subset.targets[i]] == images.targets[index]
+
+
+def test_few_shot_examples_depend_on_the_seed_and_more_shots_keep_the_fewer():
+    images = Named(*[50] * 4)
+    chosen = {
+        (seed, shots): set(Data.few_shot(images, 2, shots, seed).indices.tolist())
+        for seed in range(3)
+        for shots in (5, 20)
+    }
+    assert chosen[0, 5] == set(Data.few_shot(images, 2, 5, 0).indices.tolist())
+    assert chosen[0, 5] != chosen[1, 5] != chosen[2, 5]
+    assert all(chosen[seed, 5] < chosen[seed, 20] for seed in range(3))
+    assert len(Data.few_shot(images, 2, -1, 0)) == 100
+
+
+def test_few_shot_does_not_depend_on_the_hash_seed(tmp_path):
+    make_folder(tmp_path, [f"{name}/{i}.png" for name in "abcdefgh" for i in range(4)])
+    code = "import Data, sys; s = Data.few_shot(Data.open_images(sys.argv[1]), 5, 2, 0); "
+    code += "print(s.classes, s.indices.tolist())"
+    environment = {
+        **os.environ,
+        "PYTHONHASHSEED": "1",
+        "PYTHONPATH": os.path.dirname(Data.__file__),
+    }
+    command = [sys.executable, "-c", code, tmp_path]
+    output = subprocess.check_output(command, env=environment, text=True)
+    subset = Data.few_shot(Data.open_images(tmp_path), 5, 2, 0)
+    assert output.strip() == f"{subset.classes} {subset.indices.tolist()}"
+
+
+def test_a_subset_of_a_subset_still_names_and_loads_its_images(folder):
+    images = Data.open_images(folder)
+    outer = Data.few_shot(images, 4, -1, seed=0)
+    inner = Data.few_shot(outer, 2, 1, seed=0)
+    assert set(inner.classes) < set(outer.classes)
+    assert inner.targets.tolist() == [0, 1]
+    for i, target in enumerate(inner.targets):
+        assert f"/train/{inner.classes[target]}/" in inner.name(i)
+        index = [images.name(j) for j in range(len(images))].index(inner.name(i))
+        assert np.array_equal(inner.load(i), images.load(index))
+
+
+@pytest.mark.parametrize(("n_way", "n_shot"), [(4, 1), (3, 4), (-1, 4), (1000, -1)])
+def test_more_classes_or_images_than_there_are_is_refused(n_way, n_shot):
+    with pytest.raises(InputError, match="wanted"):
+        Data.few_shot(Named(5, 5, 3), n_way, n_shot, seed=0)
+
+
+def test_with_classes_keeps_all_images_in_the_order_of_the_classes_given():
+    images = Named(2, 3, 1, 4)
+    subset = Data.with_classes(images, ["class001", "class003"])
+    assert subset.indices.tolist() == [2, 3, 4, 6, 7, 8, 9]
+    assert subset.targets.tolist() == [0] * 3 + [1] * 4
+    with pytest.raises(InputError, match="class009"):
+        Data.with_classes(images, ["class001", "class009"])
+
+
+def test_open_pair_gives_both_sets_the_same_classes_and_names_the_flag_at_fault(tmp_path):
+    tr = make_folder(tmp_path / "tr", ["a/1.png", "a/2.png", "b/1.png", "c/1.png", "d/1.png"])
+    val = make_folder(tmp_path / "val", ["a/1.png", "c/1.png", "c/2.png"])
+    images_tr, images_val = Data.open_pair(tr, val, 2, 1, 0)
+    assert images_tr.classes == images_val.classes == ["a", "c"]
+    assert images_val.targets.tolist() == [0, 1, 1]
+    for arguments, message in (
+        ((tmp_path / "none", val, 2, 1), "^--data_tr: .*none"),
+        ((tr, tmp_path / "none", 2, 1), "^--data_val: .*none"),
+        ((tr, val, 5, 1), "^--train_n_way: 5 .* 4"),
+        ((tr, val, 2, 2), "^--train_n_shot: 2 .* c has 1"),
+        ((tr, val, -1, -1), "^--data_val: no class b"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Data.open_pair(*arguments, 0)
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("n", "size"), [(7, 3), (7, 7), (5, 13), (1, 4), (10, 1)])
+def test_every_index_is_drawn_evenly_for_any_pool_size_and_across_epochs(n, size, shuffle):
+    whole = Data.even_indices(n, 0, 6 * size, 5, shuffle)
+    drawn = []
+    for epoch in range(6):
+        part = Data.even_indices(n, epoch * size, size, 5, shuffle)
+        assert torch.equal(part, whole[epoch * size : (epoch + 1) * size])
+        assert torch.equal(part, Data.even_indices(n, epoch * size, size, 5, shuffle))
+        drawn += part.tolist()
+        counts = [drawn.count(i) for i in range(n)]
+        assert sum(counts) == len(drawn) and max(counts) - min(counts) <= 1
+
+
+def test_shuffled_passes_differ_from_each_other_and_by_seed():
+    passes = Data.even_indices(30, 0, 90, 0).view(3, 30).tolist()
+    passes.append(Data.even_indices(30, 0, 30, 1).tolist())
+    assert all(sorted(p) == list(range(30)) for p in passes)
+    assert all(a != b for a, b in itertools.combinations(passes, 2))
+
+
+def test_occurrences_count_what_came_before():
+    for n in (0, 1, 50):
+        indices = torch.randint(0, 8, (n,), generator=torch.Generator().manual_seed(n))
+        expected = [indices[:i].tolist().count(x) for i, x in enumerate(indices.tolist())]
+        assert Data.occurrences(indices).tolist() == expected
+
+
+def draw(n, size, epoch, **options):
+    return Data.draw_pool(Named(n), size, epoch, **{**POOL, **options})
+
+
+def test_an_image_seed_depends_on_seed_epoch_index_and_occurrence_alone():
+    known = {}
+    for seed, epoch, size, shuffle in itertools.product((3, 4), (0, 1, 5), (4, 30), (True, False)):
+        pool = draw(7, size, epoch, seed=seed, shuffle=shuffle)
+        indices = pool.indices.tolist()
+        for i, index in enumerate(indices):
+            key = seed, epoch, index, indices[:i].count(index)
+            row = pool.seeds[i].item(), pool.mask_noise[i].tolist()
+            assert known.setdefault(key, row) == row
+    assert len({s for s, _ in known.values()}) == len(known) > 100
+    assert len({tuple(noise) for _, noise in known.values()}) == len(known)
+
+
+def test_fix_mask_noise_gives_an_image_the_same_mask_in_every_epoch():
+    known, crops = {}, set()
+    for epoch, size in itertools.product(range(4), (7, 12)):
+        pool = draw(7, size, epoch, fix_mask_noise=True)
+        for index, noise in zip(pool.indices.tolist(), pool.mask_noise.tolist(), strict=True):
+            assert known.setdefault(index, noise) == noise
+        crops |= set(pool.seeds.tolist())
+    assert len({tuple(noise) for noise in known.values()}) == 7
+    assert len(crops) > 4 * 7  # crops still change
+
+
+def test_a_pool_is_pure_and_leaves_the_global_random_state_alone():
+    state = torch.get_rng_state()
+    one, two = draw(9, 20, 2), draw(9, 20, 2)
+    assert torch.equal(one.seeds, two.seeds) and torch.equal(one.mask_noise, two.mask_noise)
+    assert torch.equal(state, torch.get_rng_state())
+    assert one.mask_noise.shape == (20, 5) and one.images.shape == (20, 3, 6, 8)
+    assert one.mask_noise.min() >= 0 and one.mask_noise.max() < 1
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("pool_size", "size"), [(5, 3), (12, 4), (3, 7), (6, 6)])
+def test_minibatches_are_whole_passes_in_exactly_sized_pieces(pool_size, size, shuffle):
+    steps, epoch = 5, 2
+    pool = draw(4, pool_size, epoch, shuffle=shuffle)
+    batches = [b.whole.tolist() for b in Data.minibatches(pool, None, epoch * steps, steps, size)]
+    assert [len(batch) for batch in batches] == [size] * steps
+    stream = sum(batches, [])
+    for start in range(0, len(stream), pool_size):
+        part = stream[start : start + pool_size]
+        assert len(set(part)) == len(part)
+    for done in range(steps):
+        rest = Data.minibatches(pool, None, epoch * steps + done, steps, size)
+        assert [batch.whole.tolist() for batch in rest] == batches[done:]
+
+
+def test_processes_share_a_minibatch_and_gather_images_noise_and_codes_by_row(monkeypatch):
+    pool, codes = draw(4, 9, 0), torch.randn(9, 2)
+    pool.images.random_(0, 256)
+    monkeypatch.setattr(Data, "world_size", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(Data, "rank", lambda r=rank: r)
+        (batch,) = Data.minibatches(pool, codes, 0, 1, 7)
+        images, noise, chosen = batch.to(torch.device("cpu"))
+        assert torch.equal(Augmentation.denormalize(images), pool.images[batch.rows])
+        assert torch.equal(noise, pool.mask_noise[batch.rows])
+        assert torch.equal(chosen[:, 0], codes[batch.rows])
+        assert torch.cat([part.rows for part in batch.split(2)]).equal(batch.rows)
+        assert len(batch.split(100)) == len(batch.rows)
+        shares += batch.rows.tolist()
+    assert sorted(shares) == sorted(batch.whole.tolist())
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+def load_all(loader, indices, seeds, size=4):
+    chunks = list(loader.chunks(indices, seeds, size))
+    assert [i for rows, _ in chunks for i in range(len(indices))[rows]] == list(range(len(indices)))
+    return torch.cat([images for _, images in chunks])
+
+
+def test_pixels_do_not_depend_on_workers_and_the_global_random_state_stays(opened):
+    augment = Augmentation.augment((6, 8))
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(0, len(opened), (11,), generator=generator)
+    rounds = [torch.randint(0, 2**60, (11,), generator=generator) for _ in range(2)]
+    expected = []
+    for seeds in rounds:
+        for index, seed in zip(indices.tolist(), seeds.tolist(), strict=True):
+            with seeded(seed):
+                expected.append(augment(opened.load(index)))
+    expected = torch.stack(expected).view(2, 11, 3, 6, 8)
+    assert not torch.equal(*expected)
+    state = torch.get_rng_state()
+    for num_workers, persistent in (0, False), (2, False), (2, True):
+        loader = Data.ImageLoader(opened, augment, num_workers=num_workers, persistent=persistent)
+        assert torch.equal(load_all(loader, indices, rounds[0]), expected[0])
+        next(loader.chunks(indices, rounds[0], 2))  # given up half-way
+        assert torch.equal(load_all(loader, indices, rounds[1], 3), expected[1])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_processes_share_out_whole_chunks(opened, monkeypatch):
+    loader = Data.ImageLoader(opened, Augmentation.resize((4, 4)), num_workers=0)
+    indices = torch.arange(10)
+    monkeypatch.setattr(Data, "world_size", lambda: 3)
+    rows = []
+    for rank in range(3):
+        monkeypatch.setattr(Data, "rank", lambda r=rank: r)
+        rows += [(s.start, s.stop) for s, _ in loader.chunks(indices, indices, 3)]
+    assert sorted(rows) == [(0, 3), (3, 6), (6, 9), (9, 10)]
+
+
+def test_seeds_decide_the_crop(opened):
+    items = Data.SeededImages(opened, Augmentation.augment((6, 6)))
+    assert torch.equal(items[0, 1], items[0, 1])
+    assert len({items[0, seed].numpy().tobytes() for seed in range(8)}) == 8
+
+
+def test_normalize_and_denormalize_are_inverse():
+    images = torch.arange(256, dtype=torch.uint8).expand(2, 3, 1, 256)
+    normal = Augmentation.normalize(images)
+    assert torch.equal(Augmentation.denormalize(normal), images)
+    expected = T.functional.normalize(images / 255, Augmentation.MEAN, Augmentation.STD)
+    torch.testing.assert_close(normal, expected)
+    limits = Augmentation.denormalize(torch.tensor([-99.0, 99.0]).expand(3, 1, 2))
+    assert limits.unique().tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("size", [(7, 7), (9, 4), (1, 13), (32, 32)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 31), (31, 5), (33, 35), (8, 64)])
+def test_transforms_give_the_size_asked_for(size, shape):
+    image = picture(0, size=shape)
+    for make in (Augmentation.augment, Augmentation.resize, Augmentation.center_crop):
+        made = make(size)(image)
+        assert made.shape == (3, *size)
+        assert made.dtype == torch.uint8
+
+
+def test_the_test_transform_is_mae_s():
+    image = picture(0, size=(400, 300))
+    mae = T.Compose([T.Resize(256, InterpolationMode.BICUBIC), T.CenterCrop(224), T.PILToTensor()])
+    assert torch.equal(Augmentation.center_crop((224, 224))(image), mae(image))

@@ -1,0 +1,329 @@
+"""The command line: defaults, what is refused and how, help."""
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import Flags
+import Models
+
+ROOT = Path(Flags.__file__).parent
+DATA = "--data_tr tr --data_val val"
+SCRATCH = f"{DATA} --finetune 0"
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+
+DEFAULTS = """
+    train_n_way=-1 train_n_shot=-1 arch=vit_base latent_dim=512 mapping_net_layers=8
+    mapping_net_h_dim=512 mapping_net_lrmul=.01 act_type=leakyrelu adain_init=original finetune=1
+    ignore_z=0 epochs=1024 ex_per_epoch=2048 ipe=64 mini_bs=32 accum=1 ns=128 code_bs=32 sp=64
+    lr=1e-4 lr_z=1e-4 min_lr=0 clip_grad=0 scheduler=constant n_ramp=0 n_cycles=1 headstart_z=0
+    wd=.01 beta1=.9 beta2=.95 mask_ratio=.75 fix_mask_noise=0 norm_pix_loss=1 use_augs=1
+    shuffle_data=1 fast_linear_probe=1 val_n_way=32 val_n_shot=50 probe_lr=1e-3 probe_epochs=100
+    probe_bs=16 probe_bs_val=256 probe_ignore_z=1 probe_augs_per_image=1 global_pool=1
+    ex_for_mse_loss=2048 z_per_ex_loss=128 eval_bs=32 ex_for_vis_tr=8 ex_for_vis_te=8
+    z_per_ex_vis=8 steps_per_eval=64 get_mae_baseline=1 save_iter=-1 save_minutes=10
+    sample_dtype=auto processes=1 wandb=disabled save_folder=. seed=0
+"""  # of DESIGN.md, section 3; further ones stand in the test
+TWO_RUNS = """
+    TrainIMLE.py --gpus 0 1 --suffix SUFFIX --data_tr IMAGENET_TRAIN --data_val IMAGENET_VAL
+    --fast_linear_probe 1 --ex_for_mse_loss 2048 --ip_spec 11 adain --ex_per_epoch 2048 --code_bs 32
+    --sp 64 --ns 128 --mini_bs 64 --ipe 32 --lr_z 1e-4 --lr 1e-4 --use_augs 1 --shuffle_data 1
+    --scheduler linear_ramp_cosine_decay --n_ramp 8 --epochs 512 --save_iter 32 --train_n_way 32
+    --train_n_shot 64 --steps_per_eval 256 --wandb offline --finetune 0 --ignore_z IGNORE_Z
+    --no-fp16 --num_workers 8
+"""  # of DESIGN.md, section 9
+
+
+@pytest.fixture(autouse=True)
+def nothing_from_outside(monkeypatch):
+    """Neither the network nor SLURM has a say."""
+    published = Flags.published_weights
+    monkeypatch.setattr(
+        Flags, "published_weights", lambda arch: "here" if arch == "vit_base" else published(arch)
+    )
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+
+
+def parse(text):
+    return Flags.parse_flags(shlex.split(text))
+
+
+def refusal(capsys, parse, text):
+    """The one line on stderr with which the command ends, status 2."""
+    with pytest.raises(SystemExit) as ended:
+        parse(shlex.split(text))
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    (line,) = err.splitlines()
+    return line
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+@NO_GPU
+def test_defaults_are_those_of_the_design():
+    flags = vars(parse(DATA))
+    for name, text in (pair.split("=") for pair in DEFAULTS.split()):
+        assert flags[name] == type(flags[name])(text), name
+    assert re.fullmatch("[0-9a-f]{8}", flags.pop("uid"))
+    assert 1 <= flags["num_workers"] <= 8
+    others = {
+        "data_tr": "tr",
+        "data_val": "val",
+        "ip_spec": ["11", "adain"],
+        "mae_weights": "here",
+        "input_size": [224, 224],
+        "fp16": True,
+        "gpus": ["cpu"],
+        "suffix": "",
+        "notes": "",
+        "resume": None,
+    }
+    assert {name: flags[name] for name in others} == others
+    named = {pair.split("=")[0] for pair in DEFAULTS.split()} | set(others) | {"num_workers"}
+    assert named == set(flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("--arch vit_large", {"ip_spec": ["23", "adain"]}),
+        ("--arch vit_huge", {"ip_spec": ["31", "adain"]}),
+        ("--arch vit_base_vis", {"norm_pix_loss": 0}),
+        ("--arch vit_base_vis --norm_pix_loss 1", {"norm_pix_loss": 1}),
+        ("--adain_init identity", {"mapping_net_lrmul": 1.0}),
+        ("--adain_init identity --mapping_net_lrmul .1", {"mapping_net_lrmul": 0.1}),
+        ("--lr 1e-3", {"lr_z": 1e-3}),
+        ("--lr 1e-3 --lr_z 0", {"lr_z": 0.0}),
+        ("--ip_spec 0 add mask adain 19 local_adain", {"ip_spec": "0 add mask adain 19".split()}),
+        ("--ignore_z 1 --ip_spec 3 add", {"ip_spec": []}),
+        ("--input_size 64", {"input_size": [64, 64]}),
+        ("--input_size 64 32", {"input_size": [64, 32]}),
+        ("--gpus cpu --processes 3", {"gpus": ["cpu"] * 3}),
+        ("--no-fp16", {"fp16": False}),
+        ("--uid here.1", {"uid": "here.1"}),
+        ("--ns 8 --sp 8", {"sp": 8}),
+        ("--ipe 64 --mini_bs 32 --ex_per_epoch 2048", {"ipe": 64}),
+    ],
+)
+def test_flags_that_depend_on_others_are_resolved(text, expected, capsys):
+    flags = vars(parse(f"{SCRATCH} --gpus cpu {text}"))
+    if "ip_spec" in expected:
+        flags["ip_spec"] = flags["ip_spec"][: len(expected["ip_spec"])]
+    assert {name: flags[name] for name in expected} == expected
+    assert capsys.readouterr() == ("", "")
+
+
+def test_sp_above_ns_is_lowered_with_a_notice(capsys):
+    assert parse(f"{SCRATCH} --gpus cpu --ns 5 --sp 7").sp == 5
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "--sp 7" in line and "5" in line
+
+
+def test_the_slurm_job_is_the_uid_where_none_is_given(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    assert parse(f"{SCRATCH} --gpus cpu").uid == "4711"
+    assert parse(f"{SCRATCH} --gpus cpu --uid mine").uid == "mine"
+
+
+@pytest.mark.parametrize(
+    ("script", "suffix", "ignore_z", "ip_spec"),
+    [
+        ("imle_from_scratch.sh", "IMLE_FROM_SCRATCH", 0, ("11", "adain")),
+        ("mae_from_scratch.sh", "MAE_FROM_SCRATCH", 1, ()),
+    ],
+)
+def test_the_two_runs_of_the_readme_parse_and_are_what_the_scripts_run(
+    script, suffix, ignore_z, ip_spec
+):
+    words = TWO_RUNS.replace("SUFFIX", suffix).replace("IGNORE_Z", str(ignore_z)).split()
+    text = (ROOT / "scripts" / script).read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"python (TrainIMLE\.py .*) \"\$@\"", text)
+    assert shlex.split(line.replace("$", "")) == words
+    flags = Flags.parse_flags([*words[1:], "--gpus", "cpu"])
+    assert (flags.suffix, flags.ignore_z, flags.n_ramp, flags.fp16) == (suffix, ignore_z, 8, False)
+    assert (flags.gpus, flags.ip_spec, flags.mae_weights) == (["cpu"], [*ip_spec], None)
+
+
+# -------------------------------------------------------------------------------------------------
+
+REFUSED = [  # flags, and what the line says
+    ("--ip_spec 11", "--ip_spec 11: .* pairs"),
+    ("--ip_spec 11 adain 3", "--ip_spec 11 adain 3: .* 3 words"),
+    ("--ip_spec 11 adian", "--ip_spec .*unknown method adian.*adain, local_adain, add"),
+    ("--ip_spec 20 adain", "--ip_spec .*no place 20; .* 0 to 19 and mask"),
+    ("--ip_spec -1 adain", "--ip_spec"),
+    ("--ip_spec 1.5 adain", "--ip_spec .*no place 1.5"),
+    ("--arch vit_demo --input_size 32 --ip_spec 6 adain", "--ip_spec .*0 to 5 and mask"),
+    ("--ip_spec 11 adain 11 add", "--ip_spec .* once"),
+    ("--ip_spec 11 adain 011 add", "--ip_spec .* once"),
+    ("--ipe 63", "--ipe 63: .*at least 64"),
+    ("--ex_per_epoch 100 --mini_bs 33 --ipe 3", "--ipe 3: .*at least 4"),
+    ("--n_ramp 3", "--n_ramp 3: .*constant"),
+    ("--scheduler linear_ramp --n_ramp 8 --epochs 8", "--n_ramp"),
+    ("--scheduler linear_ramp --headstart_z 4 --n_ramp 4 --epochs 8", "--headstart_z"),
+    ("--headstart_z 4 --ignore_z 1", "--headstart_z"),
+    ("--min_lr 1e-3 --lr 1e-4", "--min_lr"),
+    ("--min_lr 1e-5 --lr_z 1e-6", "--min_lr"),
+    ("--input_size 225", "--input_size 225: .*16"),
+    ("--input_size 224 30", "--input_size 224 30: .*16"),
+    ("--input_size 224 224 224", "--input_size 224 224 224: "),
+    ("--arch vit_huge --input_size 32", "--input_size 32: .*14"),
+    ("--mask_ratio 0", "--mask_ratio"),
+    ("--mask_ratio 1", "--mask_ratio"),
+    ("--input_size 16", "--mask_ratio"),
+    ("--mae_weights x", "--mae_weights: --finetune 0"),
+    ("--probe_augs_per_image 2 --use_augs 0", "--probe_augs_per_image 2: .*--use_augs 1"),
+    ("--uid a/b", "--uid a/b: "),
+    ("--uid " + "x" * 65, "--uid"),
+    ("--epoch 3", "unknown argument --epoch; did you mean --epochs?"),
+    ("--learning_rte=3", "unknown argument --learning_rte"),
+    ("--lrz 1e-4", "unknown argument --lrz; did you mean --lr_z?"),
+    ("stray", "unknown argument stray"),
+    ("--arch vit_giant", "--arch: .*vit_giant.*vit_base.*vit_demo"),
+    ("--scheduler cosine", "--scheduler: .*linear_ramp_cosine_decay"),
+    ("--wandb on", "--wandb: .*offline"),
+    ("--act_type tanh", "--act_type: .*leakyrelu"),
+    ("--finetune 2", "--finetune: .*2"),
+    ("--use_augs yes", "--use_augs: .*yes"),
+    ("--epochs -1", "--epochs: '-1' is not a whole number of at least 0"),
+    ("--ns 0", "--ns: '0' is not a whole number of at least 1"),
+    ("--ns 1.5", "--ns: '1.5' is not a whole number of at least 1"),
+    ("--mini_bs many", "--mini_bs: 'many' is not a whole number of at least 1"),
+    ("--save_iter 0", "--save_iter: '0' is not a whole number of at least 1, or -1"),
+    ("--train_n_way -2", "--train_n_way: '-2' .* or -1"),
+    ("--num_workers -1", "--num_workers: "),
+    ("--seed -1", "--seed: '-1'"),
+    ("--lr -1", "--lr: '-1' is not a number of at least 0"),
+    ("--lr=-1e-4", "--lr: '-1e-4' is not a number"),
+    ("--lr -1e-4", "--lr: "),
+    ("--lr fast", "--lr: 'fast' is not a number"),
+    ("--lr nan", "--lr: 'nan' is not a number"),
+    ("--lr inf", "--lr: 'inf' is not a number"),
+    ("--lr_z -2", "--lr_z: '-2' .* or -1"),
+    ("--wd inf", "--wd: "),
+    ("--mask_ratio 1.5", "--mask_ratio: '1.5' is not a number from 0 to 1"),
+    ("--beta1 1", "--beta1"),
+    ("--beta2 1", "--beta2"),
+    ("--mapping_net_lrmul 0", "--mapping_net_lrmul: "),
+    ("--latent_dim", "--latent_dim: expected one argument"),
+    ("--resume", "--resume: expected one argument"),
+    ("--resume nothing.pt", "--resume: nothing.pt does not exist"),
+    ("--gpus cpu --processes 0", "--processes: "),
+    ("--gpus gpu", "--gpus gpu: .*cpu"),
+    ("--gpus cpu --processes 4 --mini_bs 3 --ipe 999", "--mini_bs 3: "),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), REFUSED)
+def test_a_mistake_ends_in_one_line_that_names_the_flag(capsys, text, message):
+    line = refusal(capsys, Flags.parse_flags, f"{SCRATCH} {text}")
+    assert line.startswith("TrainIMLE.py: error: ")
+    assert re.search(message.replace("mean?", "mean").replace("?", r"\?"), line), line
+
+
+@NO_GPU
+@pytest.mark.parametrize("text", ["--gpus 0", "--gpus 0 1", "--gpus cuda:3"])
+def test_a_gpu_that_is_not_there_is_refused(capsys, text):
+    line = refusal(capsys, Flags.parse_flags, f"{SCRATCH} {text}")
+    assert f"{text}: no GPU" in line and "cpu" in line
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny", "vit_small", "vit_demo --input_size 32"])
+def test_finetuning_without_published_weights_says_what_to_do(capsys, arch):
+    line = refusal(capsys, Flags.parse_flags, f"{DATA} --gpus cpu --arch {arch}")
+    assert "--finetune 1: no weights are published" in line
+    assert "--mae_weights" in line and "--finetune 0" in line
+
+
+@pytest.mark.parametrize("missing", ["data_tr", "data_val"])
+def test_the_data_are_required(capsys, missing):
+    given = SCRATCH.replace(f"--{missing}", "--suffix")
+    for program, text in (
+        (Flags.parse_flags, given),
+        (Flags.parse_probe_flags, "--model x " + given),
+    ):
+        assert f"required: --{missing}" in refusal(
+            capsys, program, text.replace("--finetune 0", "") if "--model" in text else text
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (DATA, "required: --model"),
+        (f"{DATA} --model x --probe_lrr 1", "--probe_lrr; did you mean --probe_lr"),
+        (f"{DATA} --model x --val_n_way 1", "--val_n_way: '1' .* at least 2"),
+        (f"{DATA} --model x --gpus gpu", "--gpus gpu: no GPU"),
+        (f"{DATA} --model x --use_augs 0 --probe_augs_per_image 2", "--probe_augs_per_image 2: "),
+    ],
+)
+def test_the_probe_s_mistakes_end_in_one_line_too(capsys, text, message):
+    line = refusal(capsys, Flags.parse_probe_flags, text)
+    assert line.startswith("LinearProbe.py: error: ")
+    assert re.search(message, line), line
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["", "--processes 2", "--ignore_z 1 --arch vit_large", "--ip_spec 3 add --uid x --sp 3"]
+)
+def test_resuming_takes_a_run_s_flags_where_none_are_given(tmp_path, text):
+    first = vars(parse(f"{SCRATCH} --gpus cpu {text}"))
+    path = tmp_path / "step.pt"
+    torch.save({"args": first}, path)
+    assert vars(parse(f"--resume {path}")) == {**first, "resume": str(path)}
+    assert vars(parse(f"--epochs 9 --resume={path}"))["epochs"] == 9
+
+
+def test_resuming_from_what_is_no_run_s_checkpoint_ends_in_one_line(tmp_path, capsys):
+    import argparse
+
+    for content in {"model": {}}, {"model": {}, "args": argparse.Namespace(lr=1.0)}:
+        torch.save(content, tmp_path / "x.pt")
+        for given in ("", SCRATCH):
+            assert "--resume" in refusal(
+                capsys, Flags.parse_flags, f"{given} --resume {tmp_path / 'x.pt'}"
+            )
+
+
+def declared(parser):
+    return [action for action in parser._actions if action.dest != "help"]
+
+
+def test_every_flag_is_read_somewhere():
+    sources = "\n".join(path.read_text() for path in ROOT.glob("*.py"))
+    in_models = {field.name for field in dataclasses.fields(Models.ModelConfig)}
+    for parser in Flags.training_parser(), Flags.probe_parser():
+        for name in (action.dest for action in declared(parser)):
+            read = rf"\b(flags|args)(\.{name}\b|\[\"{name}\"\])(?! = )"
+            assert name in in_models or re.search(read, sources), f"nothing reads --{name}"
+
+
+@pytest.mark.parametrize(
+    ("program", "parser"),
+    [
+        (Flags.parse_flags, Flags.training_parser),
+        (Flags.parse_probe_flags, Flags.probe_parser),
+    ],
+)
+def test_help_lists_every_flag_with_its_default(capsys, program, parser):
+    with pytest.raises(SystemExit) as ended:
+        program(["--help"])
+    assert ended.value.code == 0
+    _, *entries = re.split(r"\n  (?=--)", capsys.readouterr().out)
+    entries = {re.match(r"--[\w-]+", entry)[0]: " ".join(entry.split()) for entry in entries}
+    for action in declared(parser()):
+        entry = entries[action.option_strings[0]]
+        if action.default not in (None, ""):
+            stated = f"(default: {action.default})"
+            assert stated in entry or re.search(r"default: \w+", action.help), entry
+        assert len(entry.split("default")) <= 2, entry
+        assert action.help and not action.help.startswith("%")

@@ -1,0 +1,291 @@
+"""The network: parity with MAE, injections, the split into prefix and suffix, the loss."""
+
+import argparse
+import dataclasses
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import IO
+import Models
+from Utils import InputError
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = Models.ModelConfig(
+    (32, 32),
+    patch_size=8,
+    dim=48,
+    depth=3,
+    num_heads=4,
+    decoder_dim=32,
+    decoder_depth=2,
+    decoder_num_heads=4,
+    latent_dim=6,
+    mapping_net_layers=2,
+    mapping_net_h_dim=8,
+)
+IDENTITY = {"adain_init": "identity", "mapping_net_lrmul": 1.0}
+PLACES = [
+    [(place, method)]
+    for method in ("adain", "local_adain", "add")
+    for place in (0, 2, "mask", 3, 4)
+]
+SEVERAL = [(4, "local_adain"), (1, "adain"), ("mask", "adain"), (2, "add")]
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(GOLDEN / "mae_tiny_io.safetensors")
+
+
+@pytest.fixture(scope="module")
+def state():
+    return torch.load(GOLDEN / "mae_tiny.pth", weights_only=True)["model"]
+
+
+def tiny_model(state, ip_spec=(), **options):
+    torch.manual_seed(0)
+    model = Models.build(dataclasses.replace(TINY, ip_spec=tuple(ip_spec), **options))
+    Models.load_weights(model, state, TINY.grid)
+    return model
+
+
+def test_without_codes_the_model_is_the_published_mae(golden, state):
+    model = IO.load_model(GOLDEN / "mae_tiny.pth", num_heads=4, decoder_num_heads=4)
+    torch.testing.assert_close(model.pos_embed, state["pos_embed"])
+    fresh = Models.build(TINY)  # its position embeddings, which MAE computes as well
+    torch.testing.assert_close(fresh.pos_embed, state["pos_embed"])
+    torch.testing.assert_close(fresh.decoder_pos_embed, state["decoder_pos_embed"])
+    names = (GOLDEN / "mae_tiny_params.txt").read_text().split()
+    for norm_pix_loss, key in ((False, "raw"), (True, "normpix")):
+        model.zero_grad()
+        pred, mask = model(golden["imgs"], golden["noise"])
+        torch.testing.assert_close(pred, golden["pred"], atol=1e-4, rtol=0)
+        assert torch.equal(mask, golden["mask"])
+        loss = Models.reconstruction_loss(pred, golden["imgs"], mask, norm_pix_loss).mean()
+        torch.testing.assert_close(loss, golden[f"{key}.loss"].squeeze(), rtol=1e-5, atol=0)
+        loss.backward()
+        parameters = dict(model.named_parameters())
+        norms = [-1.0 if parameters[n].grad is None else parameters[n].grad.norm() for n in names]
+        expected = golden[f"{key}.gradnorms"]
+        torch.testing.assert_close(torch.tensor(norms), expected, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("ip_spec", [*PLACES, SEVERAL], ids=str)
+def test_prefix_and_suffix_equal_the_whole_network_run_for_every_code(golden, state, ip_spec):
+    model = tiny_model(state, ip_spec)
+    images, noise = golden["imgs"], golden["noise"]
+    codes = model.sample_codes(torch.arange(3), 4)
+    plain = [model(images, noise, codes[:, k : k + 1])[0][:, 0] for k in range(4)]
+    plain = torch.stack(plain, dim=1)  # (N, K, L, P*P*3)
+    assert plain.std(1).mean() > 1e-3, "codes change the predictions"
+    together, mask = model(images, noise, codes)
+    torch.testing.assert_close(together, plain, atol=1e-5, rtol=1e-5)
+    masked = model.suffix(model.prefix(images, noise), codes)
+    removed = mask.bool()
+    for n in range(3):
+        torch.testing.assert_close(masked[n], plain[n][:, removed[n]], atol=1e-5, rtol=1e-5)
+    losses = Models.reconstruction_loss(masked, images, mask)
+    torch.testing.assert_close(losses, Models.reconstruction_loss(plain, images, mask))
+
+
+@pytest.mark.parametrize("ip_spec", [*PLACES, SEVERAL], ids=str)
+def test_without_codes_every_injection_is_skipped(golden, state, ip_spec):
+    pred, _ = tiny_model(state, ip_spec)(golden["imgs"], golden["noise"])
+    torch.testing.assert_close(pred, golden["pred"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["adain", "local_adain"])
+@pytest.mark.parametrize("place", [0, 2, "mask", 4])
+def test_identity_injections_change_nothing_at_first_and_then_learn(golden, state, place, method):
+    model = tiny_model(state, [(place, method)], **IDENTITY)
+    codes = model.sample_codes(torch.arange(3), 2)
+    pred, mask = model(golden["imgs"], golden["noise"], codes)
+    torch.testing.assert_close(pred[:, 0], golden["pred"], atol=1e-6, rtol=1e-6)
+    tokens = torch.randn(3, 1, 4, 48 if place in (0, 2) else 32)
+    positions = torch.arange(4).expand(3, -1)
+    injected = model.injections[str(place)](tokens, codes, positions)
+    assert torch.equal(injected, tokens.expand(-1, 2, -1, -1))
+    Models.reconstruction_loss(pred, golden["imgs"], mask).sum().backward()
+    assert any(p.grad.abs().sum() > 0 for p in model.injections.parameters())
+
+
+def test_local_injections_mean_the_same_position_at_every_mask_ratio(state):
+    model = tiny_model(state, [(2, "add")])
+    injection, codes = model.injections["2"], model.sample_codes(torch.arange(1), 1)
+    everything = injection(torch.zeros(1, 1, 17, 48), codes, torch.arange(17)[None])
+    some = torch.tensor([[0, 5, 3, 16]])
+    part = injection(torch.zeros(1, 1, 4, 48), codes, some)
+    assert torch.equal(part, everything[:, :, some[0]])
+
+
+@pytest.mark.parametrize("mask_ratio, n_removed", [(0.75, 12), (0.5, 8), (0.9, 15)])
+def test_the_mask_removes_the_highest_noise(state, mask_ratio, n_removed):
+    noise = torch.rand(2, 16)
+    _, mask = tiny_model(state)(torch.zeros(2, 3, 32, 32), noise, mask_ratio=mask_ratio)
+    expected = torch.zeros(2, 16).scatter_(1, noise.argsort(1)[:, 16 - n_removed :], 1)
+    assert torch.equal(mask, expected)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_the_loss_is_an_average_over_the_masked_patches_of_each_image(norm_pix_loss):
+    torch.manual_seed(0)
+    images, pred = torch.randn(2, 3, 16, 24), torch.randn(2, 3, 6, 192)
+    mask = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 1, 1, 1, 1, 0.0]])
+    losses = Models.reconstruction_loss(pred, images, mask, norm_pix_loss)
+    for n in range(2):
+        for k in range(3):
+            errors = []
+            for i in mask[n].nonzero().flatten().tolist():
+                row, column = divmod(i, 3)
+                patch = images[n, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8]
+                patch = patch.permute(1, 2, 0).flatten()
+                if norm_pix_loss:
+                    patch = (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()
+                errors.append((pred[n, k, i] - patch).square().mean())
+            torch.testing.assert_close(losses[n, k], torch.stack(errors).mean())
+
+
+def test_patches_become_the_image_again():
+    images = torch.randn(2, 3, 16, 24)
+    patches = Models.patchify(images, 8)
+    assert patches.shape == (2, 6, 192)
+    assert torch.equal(Models.unpatchify(patches, (2, 3)), images)
+
+
+def test_codes_are_a_pure_function_of_the_image_seed(state):
+    model = tiny_model(state, SEVERAL)
+    seeds = torch.tensor([3, 8, 3])
+    codes = model.sample_codes(seeds, 5)
+    assert codes.shape == (3, 5, model.code_dim)
+    assert torch.equal(codes[0], codes[2]) and not torch.equal(codes[0], codes[1])
+    assert torch.equal(codes[:, 2:4], model.sample_codes(seeds, 2, first=2))
+    many = model.sample_codes(torch.arange(200), 8)
+    assert abs(many.mean()) < 0.01 and abs(many.std() - 1) < 0.01
+
+
+def test_encode_gives_unmasked_tokens_and_follows_codes(golden, state):
+    model = tiny_model(state, [(1, "adain")])
+    plain = model.encode(golden["imgs"])
+    assert plain.shape == (3, 17, 48)
+    everything = model.prefix(golden["imgs"], golden["noise"], mask_ratio=0)
+    order = everything.positions.argsort(1)
+    reference = tiny_model(state)
+    for block in [*reference.blocks[2:], reference.norm]:
+        everything = everything._replace(tokens=Models.each_code(block, everything.tokens))
+    expected = torch.take_along_dim(everything.tokens[:, 0], order[..., None], 1)
+    torch.testing.assert_close(plain, expected, atol=1e-5, rtol=1e-5)
+    codes = model.sample_codes(torch.arange(3), 1)[:, 0]
+    assert (model.encode(golden["imgs"], codes) - plain).abs().mean() > 1e-3
+
+
+def test_completions_keep_visible_patches_and_undo_the_normalisation(golden, state):
+    images = golden["imgs"].clamp(-1, 1)
+    for norm_pix_loss in (False, True):
+        model = tiny_model(state, [(2, "adain")], norm_pix_loss=norm_pix_loss)
+        codes = model.sample_codes(torch.arange(3), 4)
+        cells = Models.completions(model, images, golden["noise"], codes, 0.75)
+        assert cells.shape == (3, 6, 3, 32, 32) and cells.dtype == torch.uint8
+        mask = golden["mask"].view(3, 1, 1, 4, 4).bool()
+        removed = mask.repeat_interleave(8, -1).repeat_interleave(8, -2).expand_as(cells)
+        seen = cells[:, :1].expand_as(cells)
+        assert torch.equal(cells[~removed], seen[~removed])
+        assert (cells[:, 1][removed[:, 1]] == 128).all()
+    # A network that predicts the normalised patches exactly gives the image back.
+    target = Models.target_patches(images, 8, norm_pix_loss=True)
+    model = tiny_model(state, norm_pix_loss=True)
+    model.forward = lambda *_: (target, golden["mask"])
+    cells = Models.completions(model, images, golden["noise"], None, 0.75)
+    assert (cells[:, 2].int() - cells[:, 0].int()).abs().max() <= 1
+
+
+def test_weights_of_another_image_size_are_resampled(state):
+    config = dataclasses.replace(TINY, image_size=(48, 32))
+    model = Models.build(config)
+    Models.load_weights(model, state, (4, 4))
+    pred, _ = model(torch.randn(2, 3, 48, 32), torch.rand(2, 24))
+    assert pred.shape == (2, 24, 192) and pred.isfinite().all()
+
+
+def test_parameter_groups_hold_every_trained_parameter_once(state):
+    model = tiny_model(state, SEVERAL)
+    groups = Models.parameter_groups(model, 0.1)
+    held = [p for group in groups for p in group["params"]]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(held) == len(trained) and {id(p) for p in held} == {id(p) for p in trained}
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        exempt = parameter.ndim < 2 or name in ("cls_token", "mask_token")
+        assert (id(parameter) in decayed) == (parameter.requires_grad and not exempt), name
+
+
+class Canary:
+    def __reduce__(self):
+        return Path.touch, (Path("canary"),)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (lambda state: {"model": Canary()}, "refused"),
+        (lambda state: b"\x80\x02garbage", "no checkpoint|refused"),
+        (lambda state: [1, 2], "holds a list"),
+        (lambda state: {"model": {"head.weight": torch.zeros(1)}}, "not the weights of a masked"),
+        (lambda state: {"model": {k: v for k, v in state.items() if "norm1" not in k}}, "missing"),
+        (lambda state: {"model": {**state, "extra": torch.zeros(1)}}, "unexpected"),
+    ],
+)
+def test_foreign_damaged_and_hostile_weights_are_refused(
+    state, content, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    content = content(state)
+    path = tmp_path / "weights.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, dict) and isinstance(content["model"], Canary):
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path)
+    with pytest.raises(InputError, match=message) as caught:
+        IO.load_model(path, num_heads=4, decoder_num_heads=4)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_weights_of_another_architecture_name_what_differs(tmp_path, state):
+    sizes = {f.name: getattr(Models.PRESETS["vit_base"], f.name) for f in dataclasses.fields(TINY)}
+    with pytest.raises(InputError, match="patch_size is 8, expected was 16"):
+        IO.load_model(GOLDEN / "mae_tiny.pth", **sizes)
+
+
+def test_a_truncated_or_flipped_checkpoint_is_refused(tmp_path, state):
+    path = tmp_path / "whole.pt"
+    IO.save_checkpoint(path, {"model": state})
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    for damaged in (content[: len(content) // 2], bytes(flipped)):
+        (tmp_path / "damaged.pt").write_bytes(damaged)
+        with pytest.raises(InputError, match="damaged"):
+            IO.read_checkpoint(tmp_path / "damaged.pt")
+
+
+def test_training_files_of_mae_which_hold_a_namespace_load(tmp_path, state):
+    path = tmp_path / "mae.pth"
+    torch.save({"model": state, "args": argparse.Namespace(lr=1.0)}, path)
+    assert IO.load_model(path, num_heads=4, decoder_num_heads=4).config.depth == 3
+
+
+def test_checkpoints_rebuild_the_model_with_its_injections(tmp_path, state):
+    model = tiny_model(state, SEVERAL)
+    path = tmp_path / "ours.pt"
+    content = {"model": model.state_dict(), "config": dataclasses.asdict(model.config)}
+    IO.save_checkpoint(path, content)
+    again = IO.load_model(path)
+    assert again.config == model.config
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    assert IO.load_model(path, ip_spec=()).code_dim == 0

@@ -1,0 +1,129 @@
+"""Linear probes: on features that are known, and of a checkpoint by the real command."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import DEMO_DATA, ROOT, command
+
+import Data
+import IO
+import LinearProbe
+from Augmentation import resize
+
+
+def blobs(n, spread, seed, n_classes=6, dim=16):
+    """n points around n_classes centres, with their classes."""
+    centres = torch.randn(n_classes, dim, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, n_classes, (n,), generator=generator)
+    return centres[labels] + spread * torch.randn(n, dim, generator=generator), labels
+
+
+def probe(spread, **options):
+    return LinearProbe.linear_probe(*blobs(600, spread, 1), *blobs(300, spread, 2), **options)
+
+
+def test_features_that_hold_the_classes_are_told_from_those_that_do_not():
+    good = probe(0.3, epochs=20)
+    assert good["top1"] > 0.98 and good["knn"] > 0.98 and good["top5"] >= good["top1"]
+    features, labels = blobs(600, 0.3, 1)
+    shuffled = labels[torch.randperm(600, generator=torch.Generator().manual_seed(3))]
+    bad = LinearProbe.linear_probe(features, shuffled, *blobs(300, 0.3, 2), epochs=20)
+    assert bad["top1"] < 0.5
+
+
+def test_the_head_reaches_the_best_linear_classifier():
+    """Against full-batch logistic regression to convergence."""
+    features, labels = blobs(600, 1.5, 1)
+    test, truth = blobs(300, 1.5, 2)
+    mean, std = features.mean(0), features.std(0)
+    x, y = (features - mean) / std, (test - mean) / std
+    head = torch.nn.Linear(16, 6)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(head(x), labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    expected = (head(y).argmax(1) == truth).float().mean().item()
+    assert probe(1.5, epochs=50)["top1"] == pytest.approx(expected, abs=0.02)
+
+
+def test_the_rate_of_the_head_is_the_one_given():
+    assert probe(1.5, lr=0.0, epochs=2)["top1"] < 0.35 < probe(1.5, lr=1e-2, epochs=2)["top1"]
+
+
+def test_probing_is_seeded_on_its_own():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    assert probe(1.0, epochs=3) == probe(1.0, epochs=3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_nearest_neighbours_equal_a_loop_over_the_points():
+    (features, labels), (test, truth) = blobs(200, 1.0, 1), blobs(50, 1.0, 2)
+    right = 0
+    for point, true in zip(test, truth, strict=True):
+        similarity = torch.cosine_similarity(point[None], features)
+        votes = torch.zeros(6)
+        for i in similarity.argsort(descending=True)[:20].tolist():
+            votes[labels[i]] += (similarity[i] / 0.07).exp()
+        right += int(votes.argmax() == true)
+    accuracy = LinearProbe.nearest_neighbors(features, labels, test, truth)
+    assert accuracy == pytest.approx(right / 50)
+
+
+@pytest.mark.parametrize("global_pool", [True, False])
+@pytest.mark.parametrize("ignore_codes", [True, False])
+def test_features_are_those_of_each_image_alone(global_pool, ignore_codes):
+    model = IO.load_model(ROOT / "demo/imle_mnist.pt")
+    images = Data.open_images(ROOT / "demo/mnist_val.tar")
+    transform = resize((28, 28))
+    indices, seeds = torch.tensor([3, 500, 3, 999]), torch.tensor([1, 2, 1, 4])
+    features = LinearProbe.extract_features(
+        model,
+        Data.ImageLoader(images, transform, num_workers=0),
+        indices,
+        seeds,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        batch_size=3,
+        global_pool=global_pool,
+        ignore_codes=ignore_codes,
+    )
+    for feature, index, seed in zip(features, indices.tolist(), seeds, strict=True):
+        image = LinearProbe.normalize(transform(images[index][0])[None])
+        codes = None if ignore_codes else model.sample_codes(seed[None], 1)[:, 0]
+        tokens = model.encode(image, codes)[0]
+        expected = tokens[1:].mean(0) if global_pool else tokens[0]
+        torch.testing.assert_close(feature, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_command_prints_its_result_as_json_on_the_last_line():
+    flags = [*DEMO_DATA, "--use_augs", 0, "--val_n_shot", 40, "--probe_epochs", 20]
+    flags += ["--model", "demo/imle_mnist.pt", "--gpus", "cpu", "--probe_lr", "3e-3"]
+    done = command(*flags, program=(sys.executable, "LinearProbe.py"))
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["n_train"] == 400 and result["n_val"] == 1000
+    assert result["model"] == "demo/imle_mnist.pt"
+    assert 0.7 < result["top1"] <= result["top5"] <= 1 and 0.6 < result["knn"] < 1
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--model", "nowhere.pt"], "--model"),
+        (["--model", "demo"], "--model"),
+        (["--model", "demo/imle_mnist.pt", "--data_val", "nowhere"], "--data_val"),
+        (["--model", "demo/imle_mnist.pt", "--train_n_way", "1"], "--data_tr"),
+    ],
+)
+def test_bad_input_ends_in_one_line(flags, named):
+    done = command(*DEMO_DATA, *flags, program=(sys.executable, "LinearProbe.py"), check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and named in done.stderr

@@ -1,0 +1,399 @@
+"""The algorithm and the real command, tiny: what is chosen, trained, measured, left behind."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import DEMO_DATA, ROOT, TINY, command, metrics, run_folder
+from PIL import Image
+
+import Data
+import IO
+import Models
+import TrainIMLE
+from Utils import RunError, autocast, fastest_dtype, learning_rate
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small model whose codes matter."""
+    return IO.load_model(ROOT / "demo/imle_mnist.pt")
+
+
+@pytest.fixture(scope="module")
+def chunk(model):
+    """Images, mask noise and seeds."""
+    torch.manual_seed(0)
+    return torch.randn(5, 3, 28, 28), torch.rand(5, 49), torch.arange(5)
+
+
+def brute_force(model, images, mask_noise, seeds, n_codes):
+    """Losses (N, n_codes): every code through the whole network, all tokens decoded."""
+    losses = []
+    for code in model.sample_codes(seeds, n_codes).unbind(1):
+        pred, mask = model(images, mask_noise, code[:, None])
+        losses.append(Models.reconstruction_loss(pred, images, mask, model.config.norm_pix_loss))
+    return torch.cat(losses, dim=1)
+
+
+@pytest.mark.parametrize("codes_per_pass", [1, 4, 7, 10, 16])
+@torch.no_grad()
+def test_the_nearest_of_all_codes_is_chosen_however_they_are_cut(model, chunk, codes_per_pass):
+    losses = brute_force(model, *chunk, 10)
+    codes, best, mean = TrainIMLE.choose_codes(
+        model, *chunk, codes_per_image=10, codes_per_pass=codes_per_pass
+    )
+    expected = model.sample_codes(chunk[2], 10)[torch.arange(5), losses.argmin(1)]
+    assert torch.equal(codes, expected)
+    torch.testing.assert_close(best, losses.min(1).values)
+    torch.testing.assert_close(mean, losses.mean(1))
+
+
+@torch.no_grad()
+def test_a_loss_that_is_not_finite_never_wins(model, chunk, monkeypatch):
+    losses = brute_force(model, *chunk, 6)
+    worst = losses.argmin(1)  # what would win
+
+    passes = itertools.count()
+
+    def broken(model, pred, images, mask):
+        result = Models.reconstruction_loss(pred, images, mask, False)
+        first = 2 * next(passes)
+        for n, k in enumerate(worst.tolist()):
+            if first <= k < first + 2:
+                result[n, k - first] = (math.nan, -math.inf)[n % 2]
+        return result
+
+    monkeypatch.setattr(TrainIMLE, "image_losses", broken)
+    codes, best, _ = TrainIMLE.choose_codes(model, *chunk, codes_per_image=6, codes_per_pass=2)
+    second = losses.scatter(1, worst[:, None], math.inf).argmin(1)
+    assert torch.equal(codes, model.sample_codes(chunk[2], 6)[torch.arange(5), second])
+    assert best.isfinite().all()
+
+
+@torch.no_grad()
+def test_low_precision_hardly_changes_the_quality_of_the_choice(model):
+    torch.manual_seed(0)
+    images = Data.open_images(ROOT / "demo/mnist_val.tar")
+    loader = Data.ImageLoader(images, TrainIMLE.resize((28, 28)), num_workers=0)
+    indices = torch.arange(0, 1000, 40)
+    ((_, pixels),) = loader.chunks(indices, indices, 100)
+    chunk = TrainIMLE.normalize(pixels), torch.rand(25, 49), indices
+    losses = brute_force(model, *chunk, 16)
+    with autocast(torch.device("cpu"), torch.bfloat16):
+        codes, _, _ = TrainIMLE.choose_codes(model, *chunk, codes_per_image=16, codes_per_pass=16)
+    chosen = (model.sample_codes(indices, 16) == codes[:, None]).all(-1).float().argmax(1)
+    regret = losses[torch.arange(25), chosen] - losses.min(1).values
+    assert regret.sum() / (losses.mean(1) - losses.min(1).values).sum() < 0.01
+
+
+@torch.no_grad()
+def test_validation_equals_a_brute_force_over_codes(model, chunk):
+    losses = brute_force(model, *chunk, 6)
+    rows = TrainIMLE.evaluate(model, *chunk, codes_per_image=6, codes_per_pass=4, mask_ratio=0.75)
+    prefix = model.prefix(*chunk[:2])
+    pred = model.suffix(prefix, model.sample_codes(chunk[2], 6))
+    spread = pred.std(1, correction=0).mean((1, 2))
+    plain = TrainIMLE.image_losses(model, model.suffix(prefix, None), chunk[0], prefix.mask)
+    expected = torch.stack([losses.mean(1), losses.min(1).values, plain, spread], dim=1)
+    torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-4)
+
+
+def make_batch(model, n=6, images=None):
+    torch.manual_seed(0)
+    pool = Data.Pool(
+        Data.open_images(ROOT / "demo/mnist_val.tar"),
+        epoch=0,
+        indices=torch.arange(n),
+        seeds=torch.arange(n),
+        mask_noise=torch.rand(n, 49),
+        images=torch.randint(0, 256, (n, 3, 28, 28), dtype=torch.uint8),
+        shuffle=True,
+        seed=0,
+    )
+    codes = model.sample_codes(pool.seeds, 1)[:, 0]
+    return Data.Batch(pool, torch.arange(n), codes, torch.arange(n))
+
+
+def step_options(model, **options):
+    groups = Models.parameter_groups(model, 0.1)
+    return {
+        "optimizer": torch.optim.AdamW(groups, betas=(0.9, 0.95)),
+        "scaler": torch.amp.GradScaler("cpu", enabled=False),
+        "batch_size": 6,
+        "parts": 1,
+        "dtype": torch.float32,
+        "mask_ratio": 0.75,
+        "clip_grad": 0.0,
+        **options,
+    }
+
+
+@pytest.mark.parametrize("parts", [1, 3, 4])
+def test_a_step_follows_the_gradient_of_the_mean_loss_in_any_number_of_parts(parts):
+    model = IO.load_model(ROOT / "demo/imle_mnist.pt")
+    batch = make_batch(model)
+    images, noise, codes = batch.to(torch.device("cpu"))
+    pred, mask = model(images, noise, codes)
+    expected = Models.reconstruction_loss(pred, images, mask, False).mean()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(expected, trained)
+    rates = {"mae": 0.0, "z": 0.0}
+    loss = TrainIMLE.train_step(model, batch, rates, **step_options(model, parts=parts))
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for parameter, gradient in zip(trained, gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_images():
+    model = IO.load_model(ROOT / "demo/imle_mnist.pt")
+    batch = make_batch(model)
+    batch.pool.mask_noise[2] = 0
+    batch.codes[3] = math.nan
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RunError, match="nan") as caught:
+        TrainIMLE.train_step(model, batch, {"mae": 1e-3, "z": 1e-3}, **step_options(model))
+    assert all(name in str(caught.value) for name in batch.names())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_clipping_bounds_the_gradient():
+    model = IO.load_model(ROOT / "demo/imle_mnist.pt")
+    options = step_options(model, clip_grad=1e-3)
+    TrainIMLE.train_step(model, make_batch(model), {"mae": 0.0, "z": 0.0}, **options)
+    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    assert torch.stack(norms).norm() <= 1.001e-3
+
+
+def test_the_schedule_is_that_of_the_design():
+    shape = {"base": 2.0, "minimum": 0.5, "start": 10, "ramp": 4, "total": 54}
+    rates = [learning_rate(k, **shape, cycles=2) for k in range(54)]
+    assert rates[:10] == [0] * 10
+    assert rates[10:14] == [0.5 + 1.5 * i / 4 for i in (1, 2, 3, 4)]
+    for k in range(14, 54):
+        share = ((k - 14) % 20) / 20
+        assert rates[k] == pytest.approx(0.5 + 1.5 * (1 + math.cos(math.pi * share)) / 2)
+    assert [learning_rate(k, **shape) for k in (13, 14, 53)] == [2.0] * 3
+    assert learning_rate(0, base=2.0, minimum=0.0, start=0, ramp=0, total=9) == 2.0
+
+
+def test_a_run_leaves_what_the_readme_says(tiny_run):
+    config = json.loads((tiny_run / "config.json").read_text())
+    assert config["flags"]["uid"] == "tiny" and config["flags"]["lr_z"] == 1e-3
+    assert {"torch", "timm", "python"} <= config["versions"].keys()
+    assert "TrainIMLE.py" in config["command"]
+    records = metrics(tiny_run)
+    evaluated = [r for r in records if "pretrain/loss_te" in r]
+    epochs = [r for r in records if "pretrain/loss_tr" in r]
+    assert [r["pretrain/step"] for r in evaluated] == [0, 2, 4, 6, 8]
+    assert [(r["epoch"], r["pretrain/step"]) for r in epochs] == [(0, 4), (1, 8)]
+    for key in ("loss_te", "loss_te_best", "loss_te_no_z", "code_spread"):
+        assert all(isinstance(r[f"pretrain/{key}"], float) for r in evaluated)
+        assert ["pretrain/" + key + "_baseline" in r for r in evaluated] == [True] + [False] * 4
+    for key in ("acc_te", "knn_te"):
+        assert all(0 <= r[f"fast_linear_probe/{key}"] <= 1 for r in evaluated)
+    for record in evaluated:
+        for key in ("images/pretrain_train", "images/pretrain_test"):
+            width, height = Image.open(tiny_run / record[key]).size
+            assert width > 4 * 28 and height > 2 * 28
+        assert record["pretrain/loss_te_best"] <= record["pretrain/loss_te"]
+    for record in epochs:
+        assert record["sampling/end_losses"] <= record["sampling/first_losses"]
+        assert {"sampling/delta_wrt_no_z", "pretrain/lr_mae", "pretrain/lr_z"} <= record.keys()
+    assert evaluated[0]["pretrain/code_spread"] == 0 < evaluated[4]["pretrain/code_spread"]
+    assert evaluated[4]["pretrain/loss_te_no_z"] < evaluated[0]["pretrain/loss_te_no_z"]
+    assert Image.open(tiny_run / "curves.png").size[0] > 500
+    content = torch.load(tiny_run / "checkpoints/step_00000008.pt", weights_only=True)
+    assert content["progress"]["step"] == 8
+    assert IO.load_model(tiny_run / "checkpoints/step_00000008.pt").code_dim == 8
+
+
+def final_state(folder):
+    return torch.load(sorted(folder.glob("checkpoints/step_*.pt"))[-1], weights_only=True)
+
+
+def assert_same_run(folder, other, tolerance=0.0):
+    """Metrics, weights and, with no tolerance, pictures of two finished runs are the same. Weights
+    get a hundredfold tolerance: Adam turns rounding errors of zero gradients into small steps."""
+    a, b = final_state(folder), final_state(other)
+    for name, weights in a["model"].items():
+        torch.testing.assert_close(weights, b["model"][name], atol=100 * tolerance, rtol=0)
+    for left, right in zip(metrics(folder), metrics(other), strict=True):
+        assert left.keys() == right.keys()
+        for key, value in left.items():
+            assert value == right[key] or value == pytest.approx(right[key], abs=tolerance), key
+    if not tolerance:
+        pictures = sorted(p.name for p in (folder / "images").iterdir())
+        assert pictures == sorted(p.name for p in (other / "images").iterdir())
+        for name in pictures:
+            assert (folder / "images" / name).read_bytes() == (other / "images" / name).read_bytes()
+
+
+def test_evaluating_and_probing_more_often_changes_nothing(tiny_run, tmp_path):
+    options = ["--steps_per_eval", 1, "--num_workers", 2, "--get_mae_baseline", 0]
+    command(*TINY, *options, "--uid", "often", "--save_folder", tmp_path)
+    a, b = final_state(tiny_run), final_state(run_folder(tmp_path))
+    assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
+    a, b = metrics(tiny_run), metrics(run_folder(tmp_path))
+    assert [r for r in a if "pretrain/loss_tr" in r] == [r for r in b if "pretrain/loss_tr" in r]
+    keep = ("pretrain/loss_te", "fast_linear_probe/acc_te", "pretrain/code_spread")
+    last = [{k: records[-2][k] for k in keep} for records in (a, b)]
+    assert last[0] == last[1]
+
+
+@pytest.mark.parametrize(
+    "line, number, extra",
+    [
+        ("step 0:", signal.SIGTERM, []),  # before the first pool was sampled
+        ("step 2:", signal.SIGINT, []),  # inside an epoch
+        pytest.param("step 4:", signal.SIGTERM, [], marks=pytest.mark.slow),  # at its end
+        ("epoch 1/2:", signal.SIGKILL, ["--save_minutes", "0"]),
+        pytest.param("step 6:", signal.SIGKILL, ["--save_minutes", "0"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(tiny_run, tmp_path, line, number, extra):
+    flags = [*TINY, *extra, "--steps_per_eval", "2", "--uid", "tiny", "--save_folder", tmp_path]
+    process = subprocess.Popen(
+        [sys.executable, "TrainIMLE.py", *map(str, flags)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for said in process.stdout:
+        if said.startswith(line):
+            process.send_signal(number)
+            break
+    process.stdout.read()
+    status = process.wait(timeout=60)
+    assert status == {signal.SIGTERM: 0, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
+    assert 0 < final_state(run_folder(tmp_path))["progress"]["step"] < 8
+    assert "going on after step" in command(*flags).stdout
+    assert_same_run(tiny_run, run_folder(tmp_path))
+
+
+def test_the_one_before_is_used_where_the_newest_checkpoint_is_damaged(tiny_run, tmp_path):
+    shutil.copytree(tiny_run.parent.parent, tmp_path, dirs_exist_ok=True)
+    newest = run_folder(tmp_path) / "checkpoints/step_00000008.pt"
+    content = torch.load(newest, weights_only=True)
+    assert [p.name for p in newest.parent.iterdir()] == [newest.name]
+    flags = [*TINY, "--steps_per_eval", "2", "--uid", "tiny", "--save_folder", tmp_path]
+    content["progress"]["step"] = 7
+    IO.save_checkpoint(newest.with_name("step_00000007.pt"), content)
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    path, found = IO.newest_checkpoint(run_folder(tmp_path))
+    assert path.name == "step_00000007.pt" and found["progress"]["step"] == 7
+    done = command(*flags, "--lr", "0.5", check=False)
+    assert done.returncode == 2 and "--lr was 0.001, is 0.5" in done.stderr
+
+
+def test_resume_needs_no_other_flag(tiny_run, tmp_path):
+    shutil.copytree(tiny_run.parent.parent, tmp_path, dirs_exist_ok=True)
+    folder = run_folder(tmp_path)
+    done = command("--resume", folder / "checkpoints/step_00000008.pt", "--epochs", 3)
+    assert "going on after step 8" in done.stdout
+    assert [r["pretrain/step"] for r in metrics(folder) if "pretrain/loss_tr" in r] == [4, 8, 12]
+
+
+def test_two_processes_train_the_same_run_as_one(tiny_run, tmp_path):
+    flags = [*TINY, "--steps_per_eval", 2, "--uid", "tiny", "--save_folder", tmp_path]
+    command(*flags, "--processes", 2)
+    assert_same_run(tiny_run, run_folder(tmp_path), tolerance=1e-5)
+
+
+def test_a_plain_mae_samples_nothing_and_is_evaluated_as_one(tmp_path):
+    command(*TINY, "--ignore_z", 1, "--epochs", 1, "--save_folder", tmp_path)
+    records = metrics(run_folder(tmp_path))
+    assert not any(key.startswith("sampling/") for record in records for key in record)
+    for record in (r for r in records if "pretrain/loss_te" in r):
+        assert record["pretrain/loss_te"] == record["pretrain/loss_te_best"]
+        assert record["pretrain/loss_te"] == record["pretrain/loss_te_no_z"]
+    assert final_state(run_folder(tmp_path))["config"]["ip_spec"] == ()
+
+
+README_RUN_CUT_DOWN = [
+    *DEMO_DATA,
+    *"--gpus cpu --num_workers 1 --arch vit_demo --input_size 28 --ip_spec 3 adain".split(),
+    *"--train_n_way 4 --train_n_shot 6 --ex_per_epoch 24 --mini_bs 12 --ipe 2 --epochs 10".split(),
+    *"--ns 4 --sp 3 --code_bs 10 --ex_for_mse_loss 6 --z_per_ex_loss 3 --save_iter 5".split(),
+    *"--steps_per_eval 20 --probe_epochs 1".split(),
+]
+
+
+@pytest.mark.parametrize("name", ["imle", "mae"])
+def test_the_paper_s_runs_run(name, tmp_path):
+    program = ("bash", f"scripts/{name}_from_scratch.sh")
+    command(*README_RUN_CUT_DOWN, "--save_folder", tmp_path, program=program)
+    folder = run_folder(tmp_path)
+    assert f"{name.upper()}_FROM_SCRATCH" in folder.name
+    assert {p.name for p in (folder / "checkpoints").glob("epoch*")} == {
+        "epoch_000005.pt",
+        "epoch_000010.pt",
+    }
+    assert list(folder.glob("wandb/offline-run-*")), "W&B mirrors the run offline"
+    rates = [r["pretrain/lr_mae"] for r in metrics(folder) if "pretrain/lr_mae" in r]
+    assert rates.index(max(rates)) == 7, "8 epochs of ramp"
+    assert ("sampling/end_losses" in metrics(folder)[-1]) == (name == "imle")
+    assert len(json.loads((folder / "config.json").read_text())["flags"]["ip_spec"]) == (
+        2 if name == "imle" else 0
+    )
+
+
+def test_mixed_precision_augmentation_and_every_option_at_once(tmp_path):
+    done = command(
+        *TINY,
+        *"--ip_spec 1 adain mask adain 5 local_adain".split(),
+        *"--fp16 --sample_dtype auto --use_augs 1 --norm_pix_loss 1 --adain_init original".split(),
+        *"--input_size 32 28 --accum 2 --clip_grad 1 --fix_mask_noise 1 --shuffle_data 0".split(),
+        *"--probe_ignore_z 0 --probe_augs_per_image 2 --global_pool 0 --num_workers 2".split(),
+        *"--headstart_z 1 --notes hello --train_n_shot 30 --val_n_way 99 --val_n_shot 99".split(),
+        *["--save_folder", tmp_path],
+    )
+    assert "--val_n_way 10 classes of --val_n_shot 30 images" in done.stdout
+    epochs = [r for r in metrics(run_folder(tmp_path)) if "pretrain/loss_tr" in r]
+    assert [r["pretrain/lr_mae"] for r in epochs] == [0, 1e-3]
+    assert [r["pretrain/lr_z"] for r in epochs] == [1e-3, 1e-3]
+
+
+def test_wandb_that_is_missing_or_raises_costs_one_warning(tmp_path):
+    broken = tmp_path / "path" / "wandb"
+    broken.mkdir(parents=True)
+    source = "class Settings:\n    def __init__(self, **_): pass\ndef Image(_): pass\n"
+    source += "class Run:\n    def log(self, *_, **__): raise OSError('disk on fire')\n"
+    source += "def init(**_): return Run()\n"
+    for content, reason in (
+        ("raise ImportError('not here')", "not here"),
+        (source, "disk on fire"),
+    ):
+        (broken / "__init__.py").write_text(content)
+        save_folder = tmp_path / reason.replace(" ", "_")
+        flags = [*TINY, "--wandb", "online", "--epochs", 1, "--save_folder", save_folder]
+        done = command(*flags, PYTHONPATH=str(broken.parent))
+        assert done.stdout.count("warning: Weights & Biases") == 1 and reason in done.stdout
+        assert metrics(run_folder(save_folder))
+
+
+def test_native_precision_of_a_cpu_is_bfloat16_or_nothing():
+    assert fastest_dtype(torch.device("cpu")) in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.slow
+def test_the_first_command_of_the_readme_runs_with_published_weights(tmp_path):
+    """ViT-B with every default, but for the amounts; the weights' file is there as if fetched."""
+    weights = tmp_path / "mae_checkpoints/mae_pretrain_vit_base_full.pth"
+    weights.parent.mkdir()
+    torch.save({"model": Models.build(Models.PRESETS["vit_base"]).state_dict()}, weights)
+    program = (sys.executable, ROOT / "TrainIMLE.py")
+    data = ["--data_tr", ROOT / DEMO_DATA[1], "--data_val", ROOT / DEMO_DATA[3]]
+    amounts = "--epochs 1 --ex_per_epoch 4 --ipe 1 --mini_bs 4 --ns 2 --ex_for_mse_loss 4"
+    amounts += " --z_per_ex_loss 2 --val_n_way 2 --val_n_shot 2 --train_n_way 2 --probe_epochs 1"
+    amounts += " --get_mae_baseline 0 --ex_for_vis_tr 1 --ex_for_vis_te 1 --z_per_ex_vis 1"
+    command(*data, *amounts.split(), program=program, cwd=tmp_path)
+    assert "pretrain/loss_te" in metrics(run_folder(tmp_path))[-2]
