@@ -1,5 +1,7 @@
 """Transforms from Pillow images to uint8 tensors, and between those and what the network sees."""
 
+import functools
+
 import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
@@ -40,17 +42,23 @@ def center_crop(size):
     return T.Compose([fit, T.CenterCrop(size), T.PILToTensor()])
 
 
-def channels(values, like):
-    """Three numbers as (3, 1, 1) on the device of `like`."""
-    return torch.tensor(values, device=like.device)[:, None, None]
+def transforms(size, use_augs):
+    """The transforms (training, test) for images of a size (height, width)."""
+    return (augment(size), center_crop(size)) if use_augs else (resize(size), resize(size))
+
+
+@functools.cache
+def channels(values, device):
+    """Three numbers as (3, 1, 1) on a device, copied there once."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def normalize(images):
     """uint8 (..., 3, H, W) -> float32 as the network sees it."""
-    return (images.float() / 255 - channels(MEAN, images)) / channels(STD, images)
+    return (images.float() / 255 - channels(MEAN, images.device)) / channels(STD, images.device)
 
 
 def denormalize(images):
     """The inverse of `normalize`, rounded and clipped: float (..., 3, H, W) -> uint8."""
-    images = images.float() * channels(STD, images) + channels(MEAN, images)
+    images = images.float() * channels(STD, images.device) + channels(MEAN, images.device)
     return (images * 255).round().clamp(0, 255).to(torch.uint8)

@@ -1,8 +1,10 @@
 """Images in classes, from a folder or a TAR; few-shot subsets; which image is drawn when, and
 loading them."""
 
+import dataclasses
 import io
 import os
+import signal
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,25 +98,17 @@ class TarImages(Images):
     folders have in common."""
 
     def __init__(self, path, transform=None):
-        members = {}  # a name that comes twice: the later one counts, as for tar
-        try:
-            with tarfile.open(path, "r:") as archive:
-                for member in archive:
-                    if member.isfile() and member.name.lower().endswith(IMG_EXTENSIONS):
-                        members[os.path.normpath(member.name)] = member.offset_data, member.size
-        except tarfile.ReadError as error:
-            raise InputError(f"{path} is not a whole, uncompressed TAR archive: {error}") from None
+        members = self.find(path)
         if not members:
             raise InputError(f"{path} holds no images ({', '.join(IMG_EXTENSIONS)})")
-        depth = len(common_folders(members))
-        if any(
-            name.count("/") == depth for name in members
-        ):  # images in the common folder itself: it is the only class
-            depth = max(0, depth - 1)
-        if any(name.count("/") <= depth for name in members):
-            raise InputError(
-                f"{path} holds images outside of class folders: expected .../class/image"
-            )
+        root = common_folders(members)
+        beside = [name for name in members if name.count("/") == len(root)]
+        if len(beside) == len(members):  # all in one folder, which then is the only class
+            root = root[:-1]
+        if any(name.count("/") <= len(root) for name in beside):
+            shown = f"{path} holds images outside of class folders"
+            raise InputError(f"{shown}: expected .../class/image, found {beside[0]}")
+        depth = len(root)
         samples = sorted(
             (name.split("/")[depth], *os.path.split(name), *at) for name, at in members.items()
         )
@@ -126,8 +120,33 @@ class TarImages(Images):
         )
         self.offsets, self.sizes = np.array([sample[3:] for sample in samples], dtype=np.int64).T
         self.opened = None, None  # (process, file descriptor): a fork opens its own
-        if self.offsets[-1] + self.sizes[-1] > os.path.getsize(path):
-            raise InputError(f"{path} is cut off: its last image lies beyond its end")
+
+    @staticmethod
+    def find(path):
+        """{name: (offset, size)} of the images; where a name comes twice the later one counts."""
+        found = {}
+        try:
+            with tarfile.open(path, "r:") as archive:
+                for member in archive:
+                    name = os.path.normpath(member.name)
+                    if not name.lower().endswith(IMG_EXTENSIONS) or member.isdir():
+                        continue
+                    if member.islnk():  # a hard link: the content came before, by another name
+                        member = archive.getmember(member.linkname)
+                    if not member.isfile():
+                        raise InputError(f"{path}: {name} is a link, its image is not in there")
+                    found[name] = member.offset_data, member.size
+                end = archive.offset
+            with open(path, "rb") as file:
+                file.seek(end)
+                if file.read(512) != bytes(
+                    512
+                ):  # tarfile takes anything that is no header for the end
+                    raise tarfile.ReadError("it ends without an end mark")
+        except (tarfile.ReadError, KeyError) as error:
+            shown = f"{path} is not a whole, uncompressed TAR archive"
+            raise InputError(f"{shown}: {error}") from None
+        return found
 
     def __getstate__(self):
         return {**self.__dict__, "opened": (None, None)}
@@ -158,7 +177,8 @@ def check_classes(path, classes, targets):
         raise InputError(
             f"{path} holds no images in its class folders ({', '.join(IMG_EXTENSIONS)})"
         )
-    empty = [name for i, name in enumerate(classes) if i not in set(targets)]
+    used = set(targets)
+    empty = [name for i, name in enumerate(classes) if i not in used]
     if empty:
         raise InputError(
             f"{path}: no image in the class folder {empty[0]}"
@@ -169,12 +189,15 @@ def check_classes(path, classes, targets):
 def open_images(path, transform=None):
     """The Images at `path`: a folder as torchvision's ImageFolder reads, or a .tar of one."""
     path = Path(path).expanduser()
-    if not path.exists():
-        raise InputError(f"{path} does not exist")
-    if path.is_dir():
-        return FolderImages(path, transform)
-    if path.suffix == ".tar":
-        return TarImages(path, transform)
+    try:
+        if not path.exists():
+            raise InputError(f"{path} does not exist")
+        if path.is_dir():
+            return FolderImages(path, transform)
+        if path.suffix == ".tar":
+            return TarImages(path, transform)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
     raise InputError(f"{path} is neither a folder nor a .tar")
 
 
@@ -279,6 +302,12 @@ class SeededImages(Dataset):
             return self.transform(self.images.load(index))
 
 
+def leave_signals(_):
+    """In a worker: an interruption is the main process's business, a termination is not caught."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class ImageLoader:
     """Loads images in chunks by worker processes, which live as long as the loader where
     `persistent`."""
@@ -292,6 +321,7 @@ class ImageLoader:
             num_workers=num_workers,
             persistent_workers=persistent and num_workers > 0,
             pin_memory=pin_memory,
+            worker_init_fn=leave_signals,
             generator=torch.Generator(),  # of its own: else each pass draws from the global one
         )
 
@@ -348,10 +378,11 @@ class Batch:
     rows: torch.Tensor  # (n,) of the pool
     codes: torch.Tensor | None  # (pool, D)
     whole: torch.Tensor  # the rows of the whole minibatch, over all processes
+    step: int  # the run's gradient step
 
     def split(self, parts):
         """The share in at most `parts` parts, never none."""
-        return [Batch(self.pool, rows, self.codes, self.whole) for rows in self.rows.chunk(parts)]
+        return [dataclasses.replace(self, rows=rows) for rows in self.rows.chunk(parts)]
 
     def to(self, device):
         """Images normalised (n,3,H,W), mask noise (n,L), codes (n,1,D) or None, on the device."""
@@ -369,5 +400,5 @@ def minibatches(pool, codes, step, steps, size):
     passes over the pool, cut into `size`. codes: (pool, D) or None."""
     seed = mix_seeds(pool.seed, Stream.MINIBATCH, pool.epoch)
     stream = even_indices(len(pool.indices), 0, steps * size, seed, pool.shuffle).view(steps, size)
-    for whole in stream[step - pool.epoch * steps :]:
-        yield Batch(pool, whole[rank() :: world_size()], codes, whole)
+    for number, whole in enumerate(stream[step - pool.epoch * steps :], step):
+        yield Batch(pool, whole[rank() :: world_size()], codes, whole, number)

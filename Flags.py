@@ -10,7 +10,7 @@ import secrets
 
 import torch
 
-from IO import published_weights, read_checkpoint, say
+from IO import PUBLISHED, read_checkpoint, say
 from Models import ACTIVATIONS, INJECTIONS, PRESETS, ModelConfig
 from Utils import InputError
 
@@ -58,7 +58,7 @@ def number(kind, low=-math.inf, high=math.inf, also=None):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low <= value <= high or value == also):
+        if not (low <= value <= high and math.isfinite(value) or value == also):
             bounds = f" of at least {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
             bounds = "" if low == -math.inf else bounds + ("" if also is None else f", or {also:g}")
             what = "a whole number" if kind is int else "a number"
@@ -141,9 +141,12 @@ def training_parser():
     add("--ip_spec", nargs="+", metavar="PLACE METHOD",
         help="where codes enter, as pairs: 0... encoder blocks, then decoder blocks, or `mask`, "
         f"the mask token; {', '.join(INJECTIONS)}; default: adain at the last encoder block")
-    add("--latent_dim", type=whole(1), default=512, metavar="NUMBERS", help="numbers per code")
-    add("--mapping_net_layers", type=whole(1), default=8, metavar="N", help="of adain, local_adain")
-    add("--mapping_net_h_dim", type=whole(1), default=512, metavar="WIDTH", help="its hidden width")
+    add("--latent_dim", type=whole(1, 2**16), default=512, metavar="NUMBERS",
+        help="numbers per code")
+    add("--mapping_net_layers", type=whole(1, 64), default=8, metavar="N",
+        help="of adain and local_adain")
+    add("--mapping_net_h_dim", type=whole(1, 2**16), default=512, metavar="WIDTH",
+        help="its hidden width")
     add("--mapping_net_lrmul", type=real(1e-6), metavar="X",
         help="its learning-rate multiplier; default: .01, with --adain_init identity 1")
     add("--act_type", choices=ACTIVATIONS, default="leakyrelu", help="its activation")
@@ -188,8 +191,8 @@ def training_parser():
     add("--headstart_z", type=whole(0), default=0, metavar="EPOCHS",
         help="in which only the injections learn")
     add("--wd", type=real(0), default=0.01, metavar="RATE", help="AdamW's weight decay")
-    add("--beta1", type=real(0, 1), default=0.9, metavar="X", help="AdamW's")
-    add("--beta2", type=real(0, 1), default=0.95, metavar="X", help="AdamW's")
+    add("--beta1", type=real(0, 0.9999), default=0.9, metavar="X", help="AdamW's")
+    add("--beta2", type=real(0, 0.9999), default=0.95, metavar="X", help="AdamW's")
     add("--clip_grad", type=real(0), default=0.0, metavar="NORM", help="of the gradient; 0: off")
 
     add = parser.add_argument_group("validation").add_argument
@@ -231,11 +234,13 @@ def parse_flags(argv=None):
     mistake."""
     parser = training_parser()
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--resume")
+    early.add_argument("--resume", nargs="?")  # without a value: the real parser says so
     source = early.parse_known_args(argv)[0].resume
     if source:  # a run's flags are the defaults for going on with it
         try:
-            known = read_checkpoint(source).get("args", {})
+            known = read_checkpoint(source).get("args")
+            if not isinstance(known, dict):
+                raise InputError(f"{source} is no checkpoint of a run")
         except InputError as error:
             parser.error(f"--resume: {error}")
         parser.set_defaults(**known)
@@ -271,7 +276,7 @@ def resolve_flags(args):
     pairs = [] if args.ignore_z else parse_ip_spec(args.ip_spec, preset)
     flags.ip_spec = [str(word) for pair in pairs for word in pair]
     flags.lr_z = args.lr if args.lr_z == -1 else args.lr_z
-    if args.sp > args.ns:
+    if args.sp > args.ns and not args.ignore_z:
         say(f"note: --sp {args.sp} is lowered to {args.ns}, as --ns")
         flags.sp = args.ns
     if args.ipe * args.mini_bs < args.ex_per_epoch:
@@ -296,23 +301,36 @@ def resolve_flags(args):
         raise InputError(
             f"--epochs {args.epochs}: must be more than --headstart_z and --n_ramp together"
         )
-    if args.min_lr > args.lr:
-        raise InputError(f"--min_lr {args.min_lr}: must be at most --lr {args.lr}")
-    if args.probe_augs_per_image > 1 and not args.use_augs:
-        raise InputError(
-            f"--probe_augs_per_image {args.probe_augs_per_image}: needs --use_augs 1, else use 1"
-        )
+    if args.min_lr > min(args.lr, flags.lr_z):
+        raise InputError(f"--min_lr {args.min_lr}: must be at most --lr and --lr_z")
     if args.mae_weights and not args.finetune:
         raise InputError(
             "--mae_weights: --finetune 0 starts from scratch; use --finetune 1 or no weights"
         )
-    flags.gpus = device_names(args.gpus, args.processes)
+    resolve_shared_flags(flags)
+    n_processes = max(len(flags.gpus), int(os.environ.get("WORLD_SIZE", 1)))
+    if args.mini_bs < n_processes:
+        raise InputError(
+            f"--mini_bs {args.mini_bs}: allowed is at least one for each of {n_processes} processes"
+        )
     flags.uid = args.uid or os.environ.get("SLURM_JOB_ID") or secrets.token_hex(4)
-    if not re.fullmatch(r"[\w.+-]{1,64}", flags.uid):
+    if not re.fullmatch(r"[\w.+-]{1,64}", flags.uid, re.ASCII):
         raise InputError(f"--uid {args.uid}: allowed are up to 64 letters, digits and . _ + -")
-    if args.finetune:
-        flags.mae_weights = args.mae_weights or published_weights(args.arch)
+    if args.finetune and not args.mae_weights and args.arch not in PUBLISHED:
+        raise InputError(
+            f"--finetune 1: no weights are published for --arch {args.arch} (but for "
+            f"{', '.join(PUBLISHED)}); name a file with --mae_weights, "
+            "or train from scratch with --finetune 0"
+        )
     return flags
+
+
+def resolve_shared_flags(flags):
+    """Resolves, in place, what training and probes have in common."""
+    flags.gpus = device_names(flags.gpus, flags.processes)
+    if flags.probe_augs_per_image > 1 and not flags.use_augs:
+        given = flags.probe_augs_per_image
+        raise InputError(f"--probe_augs_per_image {given}: needs --use_augs 1, else use 1")
 
 
 def probe_parser():
@@ -331,9 +349,10 @@ def parse_probe_flags(argv=None):
     parser = probe_parser()
     args = parser.parse_args(argv)
     try:
-        return argparse.Namespace(**{**vars(args), "gpus": device_names(args.gpus, args.processes)})
+        resolve_shared_flags(args)
     except InputError as error:
         parser.error(str(error))
+    return args
 
 
 def parse_ip_spec(words, preset):
@@ -351,9 +370,10 @@ def parse_ip_spec(words, preset):
             )
         if place != "mask" and not (place.isdecimal() and int(place) < n_places):
             raise InputError(f"{shown}: no place {place}; allowed are 0 to {n_places - 1} and mask")
+    pairs = [(place if place == "mask" else int(place), method) for place, method in pairs]
     if len({place for place, _ in pairs}) < len(pairs):
         raise InputError(f"{shown}: a place can be named once only")
-    return [(place if place == "mask" else int(place), method) for place, method in pairs]
+    return pairs
 
 
 def device_names(gpus, processes):
@@ -365,7 +385,7 @@ def device_names(gpus, processes):
             found = torch.accelerator.current_accelerator().type
             say(f"note: {found} devices are not supported; using the CPU")
     ids = [name.removeprefix("cuda:") for name in gpus]
-    if ids == ["cpu"]:
+    if set(ids) == {"cpu"} and len(ids) in (1, processes):
         return ["cpu"] * processes
     for name in ids:
         if not (name.isdecimal() and int(name) < n_gpus):

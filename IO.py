@@ -2,9 +2,10 @@
 elsewhere."""
 
 import argparse
+import contextlib
 import dataclasses
-import glob
 import json
+import logging
 import math
 import os
 import pickle
@@ -15,8 +16,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+import warnings
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from Models import ModelConfig, build, infer_config, load_weights
-from Utils import InputError, RunError, fastest_dtype, rank, sum_over_processes, world_size
+from Utils import InputError, RunError, rank, sum_over_processes, world_size
 
 # -------------------------------------------------------------------------------------------------
 # What a person sees: lines and progress bars, of the first process only.
@@ -41,8 +44,8 @@ def say(text):
 
 
 def watch(chunks, description, total, after_chunk=None):
-    """Passes chunks (rows, images) on, with a progress bar in images; calls after_chunk(seconds,
-    images) with what was done so far, on one process, each time that a chunk is dealt with."""
+    """Passes chunks (rows, images) on, with a progress bar in images; calls after_chunk(start time,
+    images done by this process) each time that a chunk is dealt with."""
     shown = rank() == 0 and sys.stderr.isatty()
     bar = tqdm(desc=description, total=total, unit=" images", disable=not shown, leave=False)
     start, done = time.perf_counter(), 0
@@ -52,7 +55,7 @@ def watch(chunks, description, total, after_chunk=None):
             bar.update(len(images) * world_size())
             done += len(images)
             if after_chunk is not None:
-                after_chunk(time.perf_counter() - start, done)
+                after_chunk(start, done)
 
 
 class Forecast:
@@ -62,17 +65,25 @@ class Forecast:
     def __init__(self, device, images_left):
         self.device, self.images_left = device, images_left
 
-    def __call__(self, seconds, images):
-        if not self.images_left or (seconds < 1 and images * world_size() < self.images_left):
+    def __call__(self, start, images):
+        if not self.images_left:
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            memory = f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GB on the GPU"
-        else:
-            memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB"
-        left = seconds / images * self.images_left / world_size()
-        say(f"sampling codes for all epochs will take about {duration(left)}, holding {memory}")
+        seconds = time.perf_counter() - start
+        if seconds < 1 and images * world_size() < self.images_left:
+            return
+        left = duration(seconds / images * self.images_left / world_size())
+        say(f"sampling will take about {left} of this run; memory: {memory(self.device)}")
         self.images_left = 0
+
+
+def memory(device):
+    """The most memory that this process has held, as text."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GB on the GPU"
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, else KB
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GB"
 
 
 def duration(seconds):
@@ -129,7 +140,12 @@ class Run:
                     (self.folder / name).mkdir(parents=True, exist_ok=True)
                 write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
                 self.metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
-                self.metrics.truncate(self.metrics_size)
+                self.metrics.truncate(min(self.metrics_size, self.metrics.tell()))
+                self.metrics.seek(0, os.SEEK_END)
+                for left in (self.folder / "checkpoints").glob(
+                    ".*.tmp"
+                ):  # of a save that was killed
+                    left.unlink()
             except OSError as error:
                 raise InputError(
                     f"--save_folder: cannot write to {self.folder}: {error.strerror}"
@@ -178,7 +194,8 @@ class Run:
         step = state["progress"]["step"]
         folder = self.folder / "checkpoints"
         if keep:
-            save_checkpoint(folder / f"epoch_{state['progress']['epoch']:06d}.pt", state)
+            epoch = state["progress"]["epoch"]
+            save_checkpoint(folder / f"epoch_{epoch:06d}_step_{step:08d}.pt", state)
         save_checkpoint(folder / f"step_{step:08d}.pt", state)
         for old in sorted(folder.glob("step_*.pt"))[:-2]:
             old.unlink()
@@ -286,7 +303,7 @@ def run_name(script, flags):
     numbers = f"bs{flags.mini_bs}-epe{flags.ex_per_epoch}-ipe{flags.ipe}-lr{flags.lr:g}"
     numbers += "" if flags.ignore_z else f"-lrz{flags.lr_z:g}-ns{flags.ns}"
     parts = [script, f"{data.parent.name}_{data.stem}", flags.arch, ip, numbers, flags.suffix]
-    name = re.sub(r"[^\w.+-]", "_", "-".join(part for part in parts if part))
+    name = re.sub(r"[^\w.+-]", "_", "-".join(part for part in parts if part), flags=re.ASCII)
     return f"{name[: 199 - len(flags.uid)]}-{flags.uid}"
 
 
@@ -301,6 +318,21 @@ CHANGEABLE = frozenset(
 )
 
 
+def read_config(folder):
+    """The flags in a run's config.json; empty where they can't be read."""
+    try:
+        return json.loads((folder / "config.json").read_text())["flags"]
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def check_writable(folder):
+    """Refuses a folder that could not be made or written to, without making it."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--save_folder: cannot write to {there}")
+
+
 def locate_run(script, flags):
     """(folder, checkpoint or None): of the run with these flags' uid, or that --resume names, where
     it stood; else a new one."""
@@ -308,20 +340,17 @@ def locate_run(script, flags):
     if flags.resume:
         folder = Path(flags.resume).absolute().parent.parent
     else:
-        folder = next(
-            iter(sorted(models.glob(f"*-{glob.escape(flags.uid)}"))),
-            models / run_name(script, flags),
-        )
-    if not folder.exists():
-        return folder, None
+        named = (path.parent for path in models.glob(f"*-{flags.uid}/config.json"))
+        mine = (path for path in named if read_config(path).get("uid") == flags.uid)
+        folder = next(mine, models / run_name(script, flags))
     path, checkpoint = newest_checkpoint(folder)
-    if flags.resume and (path is None or not path.samefile(flags.resume)):
-        raise InputError(
-            f"--resume {flags.resume}: is not the newest checkpoint of its run, which is {path}"
-        )
     if checkpoint is None:
-        say(f"note: {folder} has no checkpoint yet: starting over")
+        check_writable(folder)
         return folder, None
+    if flags.resume and not path.samefile(flags.resume):
+        step = read_checkpoint(flags.resume).get("progress", {}).get("step")
+        if step != checkpoint["progress"]["step"]:
+            raise InputError(f"--resume {flags.resume}: is not the newest of its run: {path}")
     new, old = vars(flags), checkpoint["args"]
     changed = [name for name in new if name not in CHANGEABLE and new[name] != old.get(name)]
     if changed:
@@ -337,13 +366,12 @@ def locate_run(script, flags):
 
 def describe_run(flags):
     """What config.json holds: resolved flags, versions, git commit, command."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        folder = Path(__file__).parent
+        git = subprocess.run(describe, cwd=folder, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        git = ""  # there is no git
     packages = ("torch", "torchvision", "timm", "numpy", "pillow")
     return {
         "flags": vars(flags),
@@ -351,7 +379,7 @@ def describe_run(flags):
             "python": platform.python_version(),
             **{name: version(name) for name in packages},
         },
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": git or None,
         "command": shlex.join([sys.executable, *sys.argv]),
     }
 
@@ -388,28 +416,35 @@ def read_checkpoint(path):
     try:
         if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
             raise InputError(f"{path} is damaged: its part {bad} has a wrong checksum")
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         reason = "it holds more than tensors and plain data, or is no checkpoint"
         raise InputError(f"{path} was refused: {reason}") from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}"
-        ) from None
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, zipfile.BadZipFile) as error:
+        reason = f" ({type(error).__name__})"
+        raise InputError(f"{path} is damaged, or no checkpoint{reason}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
     return content
 
 
 def newest_checkpoint(folder):
-    """(path, content) of the newest checkpoint in a run's folder that can be read, else (None,
-    None)."""
-    for path in sorted(Path(folder, "checkpoints").glob("step_*.pt"), reverse=True):
+    """(path, content) of the newest checkpoint in a run's folder that can be read, (None, None) in
+    a folder without any; an InputError where all are damaged."""
+    kept = Path(folder, "checkpoints").glob("*step_*.pt")
+    paths = sorted(kept, key=lambda path: path.stem.split("step_")[-1], reverse=True)
+    for path in paths:
         try:
-            return path, read_checkpoint(path)
+            content = read_checkpoint(path)
+            if {"model", "optimizer", "progress", "args", "metrics_size"} <= content.keys():
+                return path, content
+            say(f"warning: {path} is no checkpoint of a run; using the one before")
         except InputError as error:
             say(f"warning: {error}; using the one before")
+    if paths:
+        raise InputError(f"{folder}: none of its {len(paths)} checkpoints can be read")
     return None, None
 
 
@@ -428,12 +463,6 @@ PUBLISHED = {  # of facebookresearch/mae, CC-BY-NC 4.0; see its issues 3 and 8
 def published_weights(arch, folder="mae_checkpoints"):
     """The path of the published MAE weights for an arch, fetched on first use; an InputError says
     what to do where that fails."""
-    if arch not in PUBLISHED:
-        raise InputError(
-            f"--finetune 1: no weights are published for --arch {arch} (but for "
-            f"{', '.join(PUBLISHED)}); name a file with --mae_weights, "
-            "or train from scratch with --finetune 0"
-        )
     address = MAE_ADDRESS + PUBLISHED[arch]
     path = Path(folder) / Path(address).name
     if not path.exists():
@@ -466,37 +495,33 @@ def load_model(source, **overrides):
     `overrides` replace fields of its ModelConfig. An InputError where its sizes are not those that
     the overrides ask for."""
     content = read_checkpoint(source)
-    state = content.get("model", content)
-    heads = {
-        name: overrides[name] for name in ("num_heads", "decoder_num_heads") if name in overrides
-    }
     try:
-        config = (
-            ModelConfig(**content["config"])
-            if "config" in content
-            else infer_config(state, **heads)
-        )
+        state = content.get("model", content)
+        if "config" in content:
+            config = ModelConfig(**content["config"])
+        else:
+            told = ("num_heads", "decoder_num_heads")
+            config = infer_config(state, **{k: overrides[k] for k in told if k in overrides})
         wanted = dataclasses.replace(config, **overrides)
         for name in SIZES:
             if getattr(config, name) != getattr(wanted, name):
-                raise InputError(
-                    f"its {name} is {getattr(config, name)}, expected was {getattr(wanted, name)}"
-                )
+                found, expected = getattr(config, name), getattr(wanted, name)
+                raise InputError(f"its {name} is {found}, expected was {expected}")
         model = build(wanted)
-        if not load_weights(model, state, config.grid) and model.code_dim:
-            say(f"note: the injections start fresh: {source} has none, or others")
+        fresh = not load_weights(model, state, config.grid) and model.code_dim > 0
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        raise InputError(f"{source} does not hold a model ({type(error).__name__})") from None
+    if fresh:
+        say(f"note: the injections start fresh: {source} has none, or others")
+    if "config" in content and config.norm_pix_loss != wanted.norm_pix_loss:
+        say(f"note: {source} was trained with --norm_pix_loss {int(config.norm_pix_loss)}")
     return model
 
 
 # -------------------------------------------------------------------------------------------------
-# How a program ends.
-
-
-def sample_dtype(name, device):
-    """--sample_dtype as a torch.dtype, for a device."""
-    return fastest_dtype(device) if name == "auto" else getattr(torch, name)
+# How a program starts and ends.
 
 
 class Stopped(Exception):
@@ -525,10 +550,11 @@ class StopSignal:
 
     def note(self, number, _):
         """The handler."""
-        if self.signal:
+        if self.signal == number:  # another one may be the launcher's, which passes a stop on
             raise KeyboardInterrupt
-        self.signal = number
-        say("asked to stop: saving after this step (ask again to stop at once)")
+        self.signal = self.signal or number
+        if rank() == 0:  # written as it is safe in a handler
+            os.write(1, b"asked to stop: saving after this step (ask again to stop at once)\n")
 
     @property
     def status(self):
@@ -542,26 +568,62 @@ class StopSignal:
         return bool(asked)
 
 
-def run_command(command):
+def launch(function, devices, *args):
+    """Runs function(*args) in one process per device, by torch's elastic launcher on this machine;
+    here and now for one device, or where another launcher (torchrun) has started this process."""
+    if len(devices) == 1 or "WORLD_SIZE" in os.environ:
+        return function(*args)
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=len(devices),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+    )
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices))))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            elastic_launch(config, run_child)(function, f"{folder}/said", *args)
+        except ChildFailedError as error:
+            sys.exit(error.get_first_failure()[1].exitcode)
+        except SignalException as stopped:
+            sys.exit(130 if stopped.sigval == signal.SIGINT else 0)
+
+
+def run_child(function, said, *args):
+    """One process of several; the first that fails says why, by creating the file `said`."""
+    run_command(lambda: function(*args), said)
+
+
+def run_command(command, said=None):
     """Runs a program's function and turns its errors into a line and an exit status: 2 for bad
-    input, 1 for a run that can't go on, 130 for an interruption, 0 for a run that stopped as it was
-    asked to."""
+    input, 1 for a run that can't go on, 130 for an interruption, 0 for a stop that was asked
+    for."""
     try:
         command()
     except InputError as error:
         # A loader's worker wraps the message in its traceback; it is the last line.
-        message = str(error).strip().splitlines()[-1].split("ImageError: ")[-1]
-        sys.exit(fail(message, 2))
+        fail(str(error).strip().splitlines()[-1].split("ImageError: ")[-1], 2, said)
     except RunError as error:
-        sys.exit(fail(str(error), 1))
+        fail(error, 1, said)
     except Stopped as stopped:
         say(stopped)
         sys.exit(stopped.status)
     except KeyboardInterrupt:
-        sys.exit(fail("interrupted", 130))
+        fail("interrupted", 130, said)
 
 
-def fail(message, status):
-    """Prints an error as one line; the exit status."""
-    print(f"error: {message}", file=sys.stderr)
-    return status
+def fail(message, status, said=None):
+    """Ends the program with an error; where `said` is a path, only its first caller prints it."""
+    with contextlib.suppress(FileExistsError):
+        if said is not None:
+            os.close(os.open(said, os.O_CREAT | os.O_EXCL))
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 import Data
 import Flags
 import IO
-from Augmentation import augment, center_crop, normalize, resize
+from Augmentation import normalize, transforms
 from Utils import (
     InputError,
     Stream,
     autocast,
+    choose_dtype,
     join_processes,
-    launch,
     learning_rate,
     mix_seeds,
     naming,
@@ -166,15 +166,15 @@ class FastProbe:
 
 def fast_probe(flags, images_tr, images_val, size, device, dtype):
     """The FastProbe that the probe's flags ask for."""
-    test = center_crop(size) if flags.use_augs else resize(size)
+    transform_tr, transform_te = transforms(size, flags.use_augs)
     return FastProbe(
         images_tr,
         images_val,
         n_way=flags.val_n_way,
         n_shot=flags.val_n_shot,
         augs_per_image=flags.probe_augs_per_image,
-        transform_tr=augment(size) if flags.use_augs else resize(size),
-        transform_te=test,
+        transform_tr=transform_tr,
+        transform_te=transform_te,
         num_workers=flags.num_workers,
         seed=flags.seed,
         device=device,
@@ -196,13 +196,13 @@ def start(flags):
     images = Data.open_pair(
         flags.data_tr, flags.data_val, flags.train_n_way, flags.train_n_shot, flags.seed
     )
-    launch(run, flags.gpus, flags, *images)
+    IO.launch(run, flags.gpus, flags, *images)
 
 
 def run(flags, images_tr, images_val):
     """One process of the probe."""
     device = join_processes(flags.gpus)
-    dtype = IO.sample_dtype(flags.sample_dtype, device)
+    dtype = choose_dtype(flags.sample_dtype, device)
     with naming("--model"):
         model = IO.load_model(flags.model).to(device)
     probe = fast_probe(flags, images_tr, images_val, model.config.image_size, device, dtype)

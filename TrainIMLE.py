@@ -19,21 +19,21 @@ import Data
 import Flags
 import IO
 import LinearProbe
-from Augmentation import augment, center_crop, normalize, resize
+from Augmentation import normalize, transforms
 from Models import build, completions, parameter_groups, reconstruction_loss
 from Utils import (
-    InputError,
     RunError,
     Stream,
     autocast,
+    choose_dtype,
     fastest_dtype,
     from_first_process,
     join_processes,
-    launch,
     learning_rate,
     mix_seeds,
     naming,
     random_uniform,
+    rank,
     sum_over_processes,
     world_size,
 )
@@ -151,7 +151,8 @@ def train_step(
     sum_over_processes(total)
     if not math.isfinite(loss := total.item()):
         names = "\n  ".join(batch.names())
-        raise RunError(f"the training loss is {loss}, before any update. The images:\n  {names}")
+        text = f"the training loss is {loss} at gradient step {batch.step}, before its update"
+        raise RunError(f"{text}. Its images:\n  {names}")
     if clip_grad:
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
@@ -278,7 +279,8 @@ def evaluate(model, images, mask_noise, seeds, *, codes_per_image, codes_per_pas
     for _, pred, losses in code_passes(
         model, prefix, images, seeds, codes_per_image, codes_per_pass
     ):
-        best, total = torch.minimum(best, losses.min(1).values), total + losses.sum(1)
+        total += losses.sum(1)
+        best = torch.minimum(best, torch.where(losses.isfinite(), losses, math.inf).min(1).values)
         difference = (
             pred.float() - plain[:, None]
         )  # to the completion without code: small numbers square exactly
@@ -502,7 +504,7 @@ def make_validation(record, flags, images_tr, images_val, device, dtype):
     """The Validation that the flags ask for; refuses data that can't be probed."""
     size = tuple(flags.input_size)
     options = {
-        "transform": center_crop(size) if flags.use_augs else resize(size),
+        "transform": transforms(size, flags.use_augs)[1],
         "num_workers": flags.num_workers,
         "seed": flags.seed,
     }
@@ -534,24 +536,25 @@ def make_model(flags, checkpoint):
     """The model that the flags ask for: with the checkpoint's weights, pretrained ones or fresh
     ones."""
     config = Flags.model_config(flags)
-    if checkpoint is not None or not flags.finetune:
+    if checkpoint is not None:
         model = build(config)
-        model.load_state_dict(checkpoint["model"]) if checkpoint is not None else None
+        model.load_state_dict(checkpoint["model"])
         return model
+    if not flags.finetune:
+        return build(config)
+    weights = flags.mae_weights or from_first_process(
+        IO.published_weights(flags.arch) if rank() == 0 else None
+    )
     with naming("--mae_weights"):
-        return IO.load_model(flags.mae_weights, **vars(config))
+        return IO.load_model(weights, **vars(config))
 
 
 def run(flags, images_tr, images_val):
     """One process of a run: puts its parts together and trains."""
     device = join_processes(flags.gpus)
     flags = from_first_process(flags)  # one uid, where each process drew its own
-    if flags.mini_bs < world_size():
-        raise InputError(
-            f"--mini_bs {flags.mini_bs}: must be at least the number of processes, {world_size()}"
-        )
     folder, checkpoint = IO.locate_run("TrainIMLE", flags)
-    dtype = IO.sample_dtype(flags.sample_dtype, device)
+    dtype = choose_dtype(flags.sample_dtype, device)
     train_dtype = fastest_dtype(device) if flags.fp16 else torch.float32
     record = IO.Run(folder, flags, checkpoint)
     validation = make_validation(record, flags, images_tr, images_val, device, dtype)
@@ -576,7 +579,7 @@ def run(flags, images_tr, images_val):
             model,
             Data.ImageLoader(
                 images_tr,
-                augment(size) if flags.use_augs else resize(size),
+                transforms(size, flags.use_augs)[0],
                 num_workers=flags.num_workers,
                 persistent=True,
                 pin_memory=device.type == "cuda",
@@ -643,7 +646,7 @@ def start(flags):
     images = Data.open_pair(
         flags.data_tr, flags.data_val, flags.train_n_way, flags.train_n_shot, flags.seed
     )
-    launch(run, flags.gpus, flags, *images)
+    IO.launch(run, flags.gpus, flags, *images)
 
 
 def main(argv=None):

@@ -33,7 +33,7 @@ class RunError(Exception):
 class Stream(IntEnum):
     """What random numbers are for: each purpose draws from a stream of its own."""
 
-    POOL, MINIBATCH, IMAGE, CROP, MASK, CODE, EVALUATION, FEW_SHOT, PROBE = range(9)
+    POOL, MINIBATCH, IMAGE, MASK, CODE, EVALUATION, FEW_SHOT, PROBE = range(8)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -53,8 +53,7 @@ def mix_seeds(*parts):
     """One int64 seed from integers or int64 tensors, which broadcast; their order matters."""
     seed = torch.zeros((), dtype=torch.int64)
     for part in parts:
-        part = torch.as_tensor(part, dtype=torch.int64)
-        seed = splitmix((seed.to(part.device) ^ part) + GOLDEN)
+        seed = splitmix((seed ^ part) + GOLDEN)
     return seed
 
 
@@ -131,6 +130,11 @@ def fastest_dtype(device):
     return torch.bfloat16 if native else torch.float32
 
 
+def choose_dtype(name, device):
+    """--sample_dtype as a torch.dtype, for a device."""
+    return fastest_dtype(device) if name == "auto" else getattr(torch, name)
+
+
 def autocast(device, dtype):
     """Mixed precision in `dtype` on `device`; nothing at all for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -172,24 +176,3 @@ def join_processes(devices):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
-
-
-def launch(function, devices, *args):
-    """Runs function(*args) in one process per device, by torch's elastic launcher on this machine;
-    here and now where the devices are one, or where another launcher (torchrun) has started this
-    process already."""
-    if len(devices) == 1 or "WORLD_SIZE" in os.environ:
-        return function(*args)
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=len(devices),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-    )
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices))))
-    return elastic_launch(config, function)(*args)[0]

@@ -1,5 +1,6 @@
 """The command line: defaults, what is refused and how, help."""
 
+import argparse
 import dataclasses
 import re
 import shlex
@@ -181,9 +182,9 @@ REFUSED = [  # flags, and what the line says
     ("--probe_augs_per_image 2 --use_augs 0", "--probe_augs_per_image 2: .*--use_augs 1"),
     ("--uid a/b", "--uid a/b: "),
     ("--uid " + "x" * 65, "--uid"),
-    ("--epoch 3", "unknown argument --epoch; did you mean --epochs?"),
+    ("--epoch 3", "unknown argument --epoch; did you mean --epochs"),
     ("--learning_rte=3", "unknown argument --learning_rte"),
-    ("--lrz 1e-4", "unknown argument --lrz; did you mean --lr_z?"),
+    ("--lrz 1e-4", "unknown argument --lrz; did you mean --lr_z"),
     ("stray", "unknown argument stray"),
     ("--arch vit_giant", "--arch: .*vit_giant.*vit_base.*vit_demo"),
     ("--scheduler cosine", "--scheduler: .*linear_ramp_cosine_decay"),
@@ -224,7 +225,7 @@ REFUSED = [  # flags, and what the line says
 def test_a_mistake_ends_in_one_line_that_names_the_flag(capsys, text, message):
     line = refusal(capsys, Flags.parse_flags, f"{SCRATCH} {text}")
     assert line.startswith("TrainIMLE.py: error: ")
-    assert re.search(message.replace("mean?", "mean").replace("?", r"\?"), line), line
+    assert re.search(message, line), line
 
 
 @NO_GPU
@@ -241,16 +242,12 @@ def test_finetuning_without_published_weights_says_what_to_do(capsys, arch):
     assert "--mae_weights" in line and "--finetune 0" in line
 
 
-@pytest.mark.parametrize("missing", ["data_tr", "data_val"])
-def test_the_data_are_required(capsys, missing):
-    given = SCRATCH.replace(f"--{missing}", "--suffix")
-    for program, text in (
-        (Flags.parse_flags, given),
-        (Flags.parse_probe_flags, "--model x " + given),
-    ):
-        assert f"required: --{missing}" in refusal(
-            capsys, program, text.replace("--finetune 0", "") if "--model" in text else text
-        )
+@pytest.mark.parametrize(
+    ("program", "text"), [(Flags.parse_flags, ""), (Flags.parse_probe_flags, "--model x")]
+)
+def test_the_data_are_required(capsys, program, text):
+    assert "required: --data_tr" in refusal(capsys, program, f"{text} --data_val val")
+    assert "required: --data_val" in refusal(capsys, program, f"{text} --data_tr tr")
 
 
 @pytest.mark.parametrize(
@@ -284,8 +281,6 @@ def test_resuming_takes_a_run_s_flags_where_none_are_given(tmp_path, text):
 
 
 def test_resuming_from_what_is_no_run_s_checkpoint_ends_in_one_line(tmp_path, capsys):
-    import argparse
-
     for content in {"model": {}}, {"model": {}, "args": argparse.Namespace(lr=1.0)}:
         torch.save(content, tmp_path / "x.pt")
         for given in ("", SCRATCH):

@@ -334,8 +334,8 @@ def test_the_paper_s_runs_run(name, tmp_path):
     folder = run_folder(tmp_path)
     assert f"{name.upper()}_FROM_SCRATCH" in folder.name
     assert {p.name for p in (folder / "checkpoints").glob("epoch*")} == {
-        "epoch_000005.pt",
-        "epoch_000010.pt",
+        "epoch_000005_step_00000010.pt",
+        "epoch_000010_step_00000020.pt",
     }
     assert list(folder.glob("wandb/offline-run-*")), "W&B mirrors the run offline"
     rates = [r["pretrain/lr_mae"] for r in metrics(folder) if "pretrain/lr_mae" in r]
