@@ -206,12 +206,16 @@ class Subset(Dataset):
 
     def __init__(self, images, classes, indices):
         self.images, self.indices, self.classes = images, indices, classes
+        self.class_to_idx = {name: i for i, name in enumerate(classes)}
         dense = np.full(len(images.classes), -1)
         dense[[images.classes.index(name) for name in classes]] = np.arange(len(classes))
         self.targets = dense[images.targets[indices]]
 
     def __len__(self):
         return len(self.indices)
+
+    def __getitem__(self, index):
+        return self.images[self.indices[index]][0], int(self.targets[index])
 
     def load(self, index):
         return self.images.load(self.indices[index])

@@ -385,7 +385,7 @@ def device_names(gpus, processes):
             found = torch.accelerator.current_accelerator().type
             say(f"note: {found} devices are not supported; using the CPU")
     ids = [name.removeprefix("cuda:") for name in gpus]
-    if set(ids) == {"cpu"} and len(ids) in (1, processes):
+    if set(ids) == {"cpu"}:
         return ["cpu"] * processes
     for name in ids:
         if not (name.isdecimal() and int(name) < n_gpus):

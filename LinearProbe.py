@@ -17,10 +17,12 @@ from Utils import (
     autocast,
     choose_dtype,
     join_processes,
+    launch,
     learning_rate,
     mix_seeds,
     naming,
     permutation,
+    run_command,
     sum_over_processes,
 )
 
@@ -188,7 +190,7 @@ def fast_probe(flags, images_tr, images_val, size, device, dtype):
 
 def main(argv=None):
     """Probes the encoder of a checkpoint; the last line of the output is a JSON object."""
-    IO.run_command(lambda: start(Flags.parse_probe_flags(argv)))
+    run_command(lambda: start(Flags.parse_probe_flags(argv)))
 
 
 def start(flags):
@@ -196,7 +198,7 @@ def start(flags):
     images = Data.open_pair(
         flags.data_tr, flags.data_val, flags.train_n_way, flags.train_n_shot, flags.seed
     )
-    IO.launch(run, flags.gpus, flags, *images)
+    launch(run, flags.gpus, flags, *images)
 
 
 def run(flags, images_tr, images_val):

@@ -23,17 +23,21 @@ from Augmentation import normalize, transforms
 from Models import build, completions, parameter_groups, reconstruction_loss
 from Utils import (
     RunError,
+    Stopped,
+    StopSignal,
     Stream,
     autocast,
     choose_dtype,
     fastest_dtype,
     from_first_process,
     join_processes,
+    launch,
     learning_rate,
     mix_seeds,
     naming,
     random_uniform,
     rank,
+    run_command,
     sum_over_processes,
     world_size,
 )
@@ -424,7 +428,7 @@ class Keeper:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    stop: IO.StopSignal
+    stop: StopSignal
     flags: dict
     epochs: int
     save_minutes: float
@@ -455,7 +459,7 @@ class Keeper:
             self.save(progress)
         if stopping:
             message = f"stopped after step {progress.step}, saved in {self.record.folder}"
-            raise IO.Stopped(message, self.stop.status)
+            raise Stopped(message, self.stop.status)
 
     def after_epoch(self, progress, rates):
         """Logs the epoch that ends, and saves what is kept for good."""
@@ -571,7 +575,7 @@ def run(flags, images_tr, images_val):
         scaler.load_state_dict(checkpoint["scaler"])
         progress = Progress(**checkpoint["progress"])
 
-    with record, IO.StopSignal() as stop:
+    with record, StopSignal() as stop:
         IO.say(
             f"{folder}: " + (f"going on after step {progress.step}" if checkpoint else "a new run")
         )
@@ -646,12 +650,12 @@ def start(flags):
     images = Data.open_pair(
         flags.data_tr, flags.data_val, flags.train_n_way, flags.train_n_shot, flags.seed
     )
-    IO.launch(run, flags.gpus, flags, *images)
+    launch(run, flags.gpus, flags, *images)
 
 
 def main(argv=None):
     """Trains as the command line says."""
-    IO.run_command(lambda: start(Flags.parse_flags(argv)))
+    run_command(lambda: start(Flags.parse_flags(argv)))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,13 @@
 and processes."""
 
 import contextlib
+import logging
 import math
 import os
+import secrets
+import signal
+import sys
+import tempfile
 from enum import IntEnum
 
 import torch
@@ -176,3 +181,119 @@ def join_processes(devices):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+# -------------------------------------------------------------------------------------------------
+# How a program starts and ends.
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved where it stands. status: what the program exits
+    with."""
+
+    def __init__(self, message, status):
+        super().__init__(message)
+        self.status = status
+
+
+class StopSignal:
+    """Inside `with`, SIGTERM and SIGINT ask the run to stop after its gradient step; a second one
+    stops it at once."""
+
+    def __enter__(self):
+        self.signal = 0
+        self.before = {
+            number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, _):
+        """The handler."""
+        if self.signal == number:  # another one may be the launcher's, which passes a stop on
+            raise KeyboardInterrupt
+        self.signal = self.signal or number
+        if rank() == 0:  # written as it is safe in a handler
+            os.write(1, b"asked to stop: saving after this step (ask again to stop at once)\n")
+
+    @property
+    def status(self):
+        """The exit status: 130 after SIGINT, else 0."""
+        return 130 if self.signal == signal.SIGINT else 0
+
+    def asked(self):
+        """Whether any process was asked to stop; all processes must call it together."""
+        asked = torch.tensor(self.signal)
+        sum_over_processes(asked)
+        return bool(asked)
+
+
+def launch(function, devices, *args):
+    """Runs function(*args) in one process per device, by torch's elastic launcher on this machine;
+    here and now for one device, or where another launcher (torchrun) has started this process."""
+    if len(devices) == 1 or "WORLD_SIZE" in os.environ:
+        return function(*args)
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=len(devices),
+        run_id=secrets.token_hex(4),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+    )
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices))))
+    for name in ("distributed.elastic", "multiprocessing"):  # the processes speak for themselves
+        logging.getLogger(f"torch.{name}").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            elastic_launch(config, run_child)(function, f"{folder}/said", *args)
+        except ChildFailedError as error:
+            sys.exit(error.get_first_failure()[1].exitcode)
+        except SignalException as stopped:
+            sys.exit(130 if stopped.sigval == signal.SIGINT else 0)
+
+
+def run_child(function, said, *args):
+    """One process of several; the first that fails says why, by creating the file `said`."""
+    try:
+        run_command(lambda: function(*args), said)
+    except SystemExit as ended:  # at once: torch's wrapper waits for its agent, which waits for it
+        sys.stdout.flush()
+        os._exit(ended.code)
+
+
+def run_command(command, said=None):
+    """Runs a program's function and turns its errors into a line and an exit status: 2 for bad
+    input, 1 for a run that can't go on, 130 for an interruption, 0 for a stop that was asked
+    for."""
+    try:
+        command()
+    except InputError as error:
+        # A loader's worker wraps the message in its traceback; it is the last line.
+        fail(str(error).strip().splitlines()[-1].split("ImageError: ")[-1], 2, said)
+    except RunError as error:
+        fail(error, 1, said)
+    except Stopped as stopped:
+        if rank() == 0:
+            print(stopped, flush=True)
+        sys.exit(stopped.status)
+    except KeyboardInterrupt:
+        fail("interrupted", 130, said)
+
+
+def fail(message, status, said=None):
+    """Ends the program with an error; where `said` is a path, only its first caller prints it."""
+    with contextlib.suppress(FileExistsError):
+        if said is not None:
+            os.close(os.open(said, os.O_CREAT | os.O_EXCL))
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)

@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import IO  # noqa: E402 (the line above makes it importable)
+from Utils import run_command  # noqa: E402
 
 
 def main(argv=None):
@@ -16,7 +17,7 @@ def main(argv=None):
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("out", metavar="OUT")
     args = parser.parse_args(argv)
-    IO.run_command(lambda: slim(args.checkpoint, args.out))
+    run_command(lambda: slim(args.checkpoint, args.out))
 
 
 def slim(source, out):

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 DEMO_DATA = ["--data_tr", "demo/mnist_train.tar", "--data_val", "demo/mnist_val.tar"]
 # Every size cut down, every code path kept; fp32 throughout, so that runs can be compared.
 TINY = [
@@ -31,7 +32,7 @@ def command(
     done = subprocess.run(
         [*program, *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "PATH": PATH, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,5 +1,6 @@
 """The algorithm and the real command, tiny: what is chosen, trained, measured, left behind."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,11 +14,13 @@ import pytest
 import torch
 from conftest import DEMO_DATA, ROOT, TINY, command, metrics, run_folder
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import Data
 import IO
 import Models
 import TrainIMLE
+from Augmentation import transforms
 from Utils import RunError, autocast, fastest_dtype, learning_rate
 
 
@@ -82,7 +85,7 @@ def test_a_loss_that_is_not_finite_never_wins(model, chunk, monkeypatch):
 def test_low_precision_hardly_changes_the_quality_of_the_choice(model):
     torch.manual_seed(0)
     images = Data.open_images(ROOT / "demo/mnist_val.tar")
-    loader = Data.ImageLoader(images, TrainIMLE.resize((28, 28)), num_workers=0)
+    loader = Data.ImageLoader(images, transforms((28, 28), use_augs=False)[1], num_workers=0)
     indices = torch.arange(0, 1000, 40)
     ((_, pixels),) = loader.chunks(indices, indices, 100)
     chunk = TrainIMLE.normalize(pixels), torch.rand(25, 49), indices
@@ -119,7 +122,7 @@ def make_batch(model, n=6, images=None):
         seed=0,
     )
     codes = model.sample_codes(pool.seeds, 1)[:, 0]
-    return Data.Batch(pool, torch.arange(n), codes, torch.arange(n))
+    return Data.Batch(pool, torch.arange(n), codes, torch.arange(n), step=7)
 
 
 def step_options(model, **options):
@@ -158,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_images(
     batch.pool.mask_noise[2] = 0
     batch.codes[3] = math.nan
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(RunError, match="nan") as caught:
+    with pytest.raises(RunError, match="nan at gradient step 7") as caught:
         TrainIMLE.train_step(model, batch, {"mae": 1e-3, "z": 1e-3}, **step_options(model))
     assert all(name in str(caught.value) for name in batch.names())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
@@ -215,8 +218,30 @@ def test_a_run_leaves_what_the_readme_says(tiny_run):
     assert IO.load_model(tiny_run / "checkpoints/step_00000008.pt").code_dim == 8
 
 
+def final_path(folder):
+    return sorted(folder.glob("checkpoints/step_*.pt"))[-1]
+
+
 def final_state(folder):
-    return torch.load(sorted(folder.glob("checkpoints/step_*.pt"))[-1], weights_only=True)
+    return torch.load(final_path(folder), weights_only=True)
+
+
+def stopped(flags, line, number):
+    """Starts a run and sends it a signal when it says a line that starts so; the ended process."""
+    process = subprocess.Popen(
+        [sys.executable, "TrainIMLE.py", *map(str, flags)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for said in process.stdout:
+        if said.startswith(line):
+            process.send_signal(number)
+            break
+    process.stdout.read()
+    process.wait(timeout=60)
+    return process
 
 
 def assert_same_run(folder, other, tolerance=0.0):
@@ -260,19 +285,7 @@ def test_evaluating_and_probing_more_often_changes_nothing(tiny_run, tmp_path):
 )
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(tiny_run, tmp_path, line, number, extra):
     flags = [*TINY, *extra, "--steps_per_eval", "2", "--uid", "tiny", "--save_folder", tmp_path]
-    process = subprocess.Popen(
-        [sys.executable, "TrainIMLE.py", *map(str, flags)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    for said in process.stdout:
-        if said.startswith(line):
-            process.send_signal(number)
-            break
-    process.stdout.read()
-    status = process.wait(timeout=60)
+    status = stopped(flags, line, number).returncode
     assert status == {signal.SIGTERM: 0, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
     assert 0 < final_state(run_folder(tmp_path))["progress"]["step"] < 8
     assert "going on after step" in command(*flags).stdout
@@ -397,3 +410,83 @@ def test_the_first_command_of_the_readme_runs_with_published_weights(tmp_path):
     amounts += " --get_mae_baseline 0 --ex_for_vis_tr 1 --ex_for_vis_te 1 --z_per_ex_vis 1"
     command(*data, *amounts.split(), program=program, cwd=tmp_path)
     assert "pretrain/loss_te" in metrics(run_folder(tmp_path))[-2]
+
+
+def test_on_a_gpu_nothing_is_mixed_with_the_cpu():
+    """By tensors that have a device but no values: this machine need not have a GPU."""
+    with FakeTensorMode(), torch.no_grad():
+        with torch.device("cuda"):
+            sizes = {"image_size": (28, 28), "ip_spec": tuple((p, "adain") for p in (3, "mask", 5))}
+            model = Models.build(dataclasses.replace(Models.PRESETS["vit_demo"], **sizes))
+            chunk = torch.zeros(3, 3, 28, 28), torch.rand(3, 49), torch.zeros(3, dtype=torch.int64)
+        options = {"codes_per_image": 5, "codes_per_pass": 3}
+        results = [
+            *TrainIMLE.choose_codes(model, *chunk, **options),
+            TrainIMLE.evaluate(model, *chunk, **options, mask_ratio=0.75),
+            Models.completions(model, *chunk[:2], model.sample_codes(chunk[2], 4), 0.75),
+            model.encode(chunk[0], model.sample_codes(chunk[2], 1)[:, 0]),
+            *TrainIMLE.prepare(model, torch.zeros(2, 3, 28, 28, dtype=torch.uint8), chunk[2].cpu()),
+        ]
+        assert {result.device.type for result in results} == {"cuda"}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bad_input_found_late_ends_in_one_line_from_any_number_of_processes(tmp_path, processes):
+    weights = tmp_path / "garbage.pth"
+    weights.write_bytes(b"garbage")
+    flags = [*TINY, "--finetune", 1, "--mae_weights", weights, "--save_folder", tmp_path]
+    done = command(*flags, "--processes", processes, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "--mae_weights: " in done.stderr
+    assert not (tmp_path / "models").exists(), "refused before anything was written"
+
+
+def test_several_processes_stop_when_asked_and_go_on(tiny_run, tmp_path):
+    flags = [*TINY, "--processes", 2, "--steps_per_eval", 2, "--uid", "tiny"]
+    flags += ["--save_folder", tmp_path]
+    assert stopped(flags, "step 2:", signal.SIGTERM).returncode == 0
+    assert 2 < final_state(run_folder(tmp_path))["progress"]["step"] < 8
+    command(*flags)
+    assert_same_run(tiny_run, run_folder(tmp_path), tolerance=1e-5)
+
+
+def test_metrics_that_are_shorter_than_the_checkpoint_knows_stay_readable(tiny_run, tmp_path):
+    shutil.copytree(tiny_run.parent.parent, tmp_path, dirs_exist_ok=True)
+    folder = run_folder(tmp_path)
+    (folder / "metrics.jsonl").unlink()
+    for epochs in (3, 4):
+        command("--resume", final_path(folder), "--epochs", epochs, "--save_folder", tmp_path)
+    epochs = [r for r in metrics(folder) if "pretrain/loss_tr" in r]
+    assert [r["pretrain/step"] for r in epochs] == [12, 16]
+
+
+def test_a_run_is_found_by_its_whole_uid_alone(tiny_run, tmp_path):
+    command(*TINY, "--epochs", 1, "--uid", "x-1", "--save_folder", tmp_path)
+    before = (run_folder(tmp_path) / "metrics.jsonl").read_bytes()
+    done = command(*TINY, "--epochs", 1, "--uid", "1", "--save_folder", tmp_path)
+    assert "a new run" in done.stdout
+    (other,) = (tmp_path / "models").glob("*-x-1")
+    assert (other / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(tiny_run, tmp_path):
+    shutil.copytree(tiny_run.parent.parent, tmp_path, dirs_exist_ok=True)
+    final_path(run_folder(tmp_path)).write_bytes(b"damaged")
+    flags = [*TINY, "--steps_per_eval", 2, "--uid", "tiny", "--save_folder", tmp_path]
+    done = command(*flags, check=False)
+    assert done.returncode == 2 and "none of its 1 checkpoints can be read" in done.stderr
+    assert metrics(run_folder(tmp_path)) == metrics(tiny_run)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_can_t_be_written_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    done = command(*TINY, "--save_folder", tmp_path, check=False)
+    assert done.returncode == 2 and "--save_folder" in done.stderr
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "models").write_text("in the way")
+    done = command(*TINY, "--save_folder", tmp_path, check=False)
+    assert done.returncode == 2 and "--save_folder" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
