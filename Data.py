@@ -257,15 +257,18 @@ def with_classes(images, classes):
     return Subset(images, list(classes), np.flatnonzero(np.isin(images.targets, ways)))
 
 
-def open_pair(data_tr, data_val, n_way, n_shot, seed):
-    """Training images, reduced to a few-shot subset, and validation images of the same classes;
-    messages name the flags."""
+def open_pair(data_tr, data_val, *, n_way, n_shot, seed, same_classes=True):
+    """Training images, reduced to a few-shot subset, and validation images of the same classes (of
+    all, where same_classes is false: no labels are needed); messages name the flags."""
     with naming("--data_tr"):
         images_tr = open_images(data_tr)
     with naming("--train_n_way" if n_way > len(images_tr.classes) else "--train_n_shot"):
         images_tr = few_shot(images_tr, n_way, n_shot, seed)
     with naming("--data_val"):
-        return images_tr, with_classes(open_images(data_val), images_tr.classes)
+        images_val = open_images(data_val)
+        if same_classes:
+            images_val = with_classes(images_val, images_tr.classes)
+    return images_tr, images_val
 
 
 # -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import secrets
+import sys
 
 import torch
 
@@ -27,12 +28,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **options)
 
     def parse_args(self, argv=None, namespace=None):
+        argv = sys.argv[1:] if argv is None else argv
+        flags = self._option_string_actions
+        for word in (word.split("=")[0] for word in argv if word.startswith("--")):
+            if word not in flags:  # first, as a missing flag may only be misspelt
+                near = difflib.get_close_matches(word, flags, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                self.error(f"unknown argument {word}{hint}")
         args, unknown = self.parse_known_args(argv, namespace)
         if unknown:
-            near = difflib.get_close_matches(unknown[0], self._option_string_actions, n=1)
-            self.error(
-                f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "")
-            )
+            self.error(f"unknown argument {unknown[0]}")
         return args
 
     def error(self, message):

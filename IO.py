@@ -39,19 +39,22 @@ def say(text):
         sys.stdout.flush()
 
 
-def watch(chunks, description, total, after_chunk=None):
-    """Passes chunks (rows, images) on, with a progress bar in images; calls after_chunk(start time,
-    images done by this process) each time that a chunk is dealt with."""
+def watch(items, description, total, unit="images", after_each=None):
+    """Passes items on, with a progress bar: chunks (rows, images), of which images are counted, or,
+    for another unit, anything, counted by one. Each time that one is dealt with, calls
+    after_each(start time, number done by this process)."""
     shown = rank() == 0 and sys.stderr.isatty()
-    bar = tqdm(desc=description, total=total, unit=" images", disable=not shown, leave=False)
-    start, done = time.perf_counter(), 0
+    bar = tqdm(desc=description, total=total, unit=f" {unit}", disable=not shown, leave=False)
+    start, done = None, 0
     with bar:
-        for rows, images in chunks:
-            yield rows, images
-            bar.update(len(images) * world_size())
-            done += len(images)
-            if after_chunk is not None:
-                after_chunk(start, done)
+        for item in items:
+            start = start or time.perf_counter()  # the loader's workers have started
+            yield item
+            number = len(item[1]) if unit == "images" else 1
+            bar.update(number * world_size() if unit == "images" else number)
+            done += number
+            if after_each is not None:
+                after_each(start, done)
 
 
 class Forecast:

@@ -53,7 +53,7 @@ def linear_probe(
     optimizer = torch.optim.AdamW([weight, bias], weight_decay=weight_decay, fused=True)
     steps = epochs * -(-n // batch_size)
     step = 0
-    for epoch in range(epochs):
+    for epoch in IO.watch(range(epochs), "probe head", epochs, unit="epochs"):
         order = permutation(n, mix_seeds(seed, Stream.PROBE, epoch)).to(features.device)
         for batch in order.split(batch_size):
             optimizer.param_groups[0]["lr"] = learning_rate(
@@ -196,7 +196,11 @@ def main(argv=None):
 def start(flags):
     """Opens the data and runs the probe in as many processes as there are devices."""
     images = Data.open_pair(
-        flags.data_tr, flags.data_val, flags.train_n_way, flags.train_n_shot, flags.seed
+        flags.data_tr,
+        flags.data_val,
+        n_way=flags.train_n_way,
+        n_shot=flags.train_n_shot,
+        seed=flags.seed,
     )
     launch(run, flags.gpus, flags, *images)
 

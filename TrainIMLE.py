@@ -20,7 +20,7 @@ import Flags
 import IO
 import LinearProbe
 from Augmentation import normalize, transforms
-from Models import build, completions, parameter_groups, reconstruction_loss
+from Models import PRESETS, build, completions, parameter_groups, reconstruction_loss
 from Utils import (
     RunError,
     Stopped,
@@ -69,7 +69,8 @@ def train(
     for epoch in range(progress.epoch, epochs):
         pool = Data.draw_pool(loader.images, images_per_epoch, epoch, **pooling)
         codes = choose_pool_codes(model, pool, loader, progress, **sampling)
-        for batch in Data.minibatches(pool, codes, progress.step, steps_per_epoch, batch_size):
+        batches = Data.minibatches(pool, codes, progress.step, steps_per_epoch, batch_size)
+        for batch in IO.watch(batches, "gradient steps", steps_per_epoch, unit="steps"):
             loss = train_step(network, batch, rates(progress.step), **stepping)
             progress.step_done(loss)
             keeper.after_step(progress)
@@ -155,7 +156,7 @@ def train_step(
     sum_over_processes(total)
     if not math.isfinite(loss := total.item()):
         names = "\n  ".join(batch.names())
-        text = f"the training loss is {loss} at gradient step {batch.step}, before its update"
+        text = f"after {batch.step} gradient steps the training loss is {loss}; no update was made"
         raise RunError(f"{text}. Its images:\n  {names}")
     if clip_grad:
         scaler.unscale_(optimizer)
@@ -191,9 +192,8 @@ def choose_pool_codes(
     losses = torch.zeros(n, 3, device=device)  # of the chosen code, mean over codes, without code
     chunks = loader.chunks(pool.indices, pool.seeds, images_per_pass)
     start = time.perf_counter()
-    for rows, images in IO.watch(
-        chunks, "sampling codes" if choosing else "loading", n, forecast if choosing else None
-    ):
+    what, after_each = ("sampling codes", forecast) if choosing else ("loading", None)
+    for rows, images in IO.watch(chunks, what, n, after_each=after_each):
         pool.images[rows] = images
         if choosing:
             with torch.no_grad(), autocast(device, dtype):
@@ -516,14 +516,14 @@ def make_validation(record, flags, images_tr, images_val, device, dtype):
         "pretrain_train": (images_tr, flags.ex_for_vis_tr),
         "pretrain_test": (images_val, flags.ex_for_vis_te),
     }
-    probed = flags.fast_linear_probe and flags.steps_per_eval
+    probe = None
+    if flags.fast_linear_probe and flags.steps_per_eval:
+        probe = LinearProbe.fast_probe(flags, images_tr, images_val, size, device, dtype)
     return Validation(
         record,
         loss_examples=examples(images_val, flags.ex_for_mse_loss, **options),
         picture_examples={k: examples(*what, **options) for k, what in grids.items() if what[1]},
-        probe=LinearProbe.fast_probe(flags, images_tr, images_val, size, device, dtype)
-        if probed
-        else None,
+        probe=probe,
         steps_per_eval=flags.steps_per_eval,
         last_step=flags.epochs * flags.ipe,
         images_per_pass=flags.eval_bs,
@@ -553,6 +553,52 @@ def make_model(flags, checkpoint):
         return IO.load_model(weights, **vars(config))
 
 
+def loop_options(flags, device, optimizer, scaler, train_dtype, dtype, epochs_left):
+    """The keywords of `train`, from the flags."""
+    cosine = flags.scheduler == "linear_ramp_cosine_decay"
+    size = tuple(flags.input_size)
+    return {
+        "epochs": flags.epochs,
+        "images_per_epoch": flags.ex_per_epoch,
+        "steps_per_epoch": flags.ipe,
+        "batch_size": flags.mini_bs,
+        "pooling": {
+            "seed": flags.seed,
+            "shuffle": bool(flags.shuffle_data),
+            "fix_mask_noise": bool(flags.fix_mask_noise),
+            "image_size": size,
+            "n_patches": math.prod(size) // PRESETS[flags.arch].patch_size ** 2,
+        },
+        "sampling": {
+            "dtype": dtype,
+            "images_per_pass": flags.code_bs,
+            "codes_per_image": flags.ns,
+            "codes_per_pass": flags.sp,
+            "mask_ratio": flags.mask_ratio,
+            "forecast": IO.Forecast(device, epochs_left * flags.ex_per_epoch),
+        },
+        "stepping": {
+            "optimizer": optimizer,
+            "scaler": scaler,
+            "batch_size": flags.mini_bs,
+            "parts": flags.accum,
+            "dtype": train_dtype,
+            "mask_ratio": flags.mask_ratio,
+            "clip_grad": flags.clip_grad,
+        },
+        "rates": partial(
+            learning_rates,
+            lr=flags.lr,
+            lr_z=flags.lr_z,
+            min_lr=flags.min_lr,
+            headstart=flags.headstart_z * flags.ipe,
+            ramp=flags.n_ramp * flags.ipe,
+            total=flags.epochs * flags.ipe,
+            cycles=flags.n_cycles if cosine else 0,
+        ),
+    }
+
+
 def run(flags, images_tr, images_val):
     """One process of a run: puts its parts together and trains."""
     device = join_processes(flags.gpus)
@@ -562,12 +608,18 @@ def run(flags, images_tr, images_val):
     train_dtype = fastest_dtype(device) if flags.fp16 else torch.float32
     record = IO.Run(folder, flags, checkpoint)
     validation = make_validation(record, flags, images_tr, images_val, device, dtype)
+    loader = Data.ImageLoader(
+        images_tr,
+        transforms(tuple(flags.input_size), flags.use_augs)[0],
+        num_workers=flags.num_workers,
+        persistent=True,
+        pin_memory=device.type == "cuda",
+    )
+
     torch.manual_seed(flags.seed)
     model = make_model(flags, checkpoint).to(device)
-    size = model.config.image_size
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, flags.wd), betas=(flags.beta1, flags.beta2), fused=True
-    )
+    groups = parameter_groups(model, flags.wd)
+    optimizer = torch.optim.AdamW(groups, betas=(flags.beta1, flags.beta2), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=train_dtype == torch.float16)
     progress = Progress()
     if checkpoint is not None:
@@ -575,80 +627,27 @@ def run(flags, images_tr, images_val):
         scaler.load_state_dict(checkpoint["scaler"])
         progress = Progress(**checkpoint["progress"])
 
+    epochs_left = flags.epochs - progress.epoch
+    options = loop_options(flags, device, optimizer, scaler, train_dtype, dtype, epochs_left)
+    schedule = (flags.epochs, flags.save_minutes, flags.save_iter)
     with record, StopSignal() as stop:
+        keeper = Keeper(record, model, optimizer, scaler, stop, vars(flags), *schedule)
         IO.say(
-            f"{folder}: " + (f"going on after step {progress.step}" if checkpoint else "a new run")
+            f"going on after step {progress.step} in {folder}" if checkpoint else f"new: {folder}"
         )
-        train(
-            model,
-            Data.ImageLoader(
-                images_tr,
-                transforms(size, flags.use_augs)[0],
-                num_workers=flags.num_workers,
-                persistent=True,
-                pin_memory=device.type == "cuda",
-            ),
-            validation,
-            Keeper(
-                record,
-                model,
-                optimizer,
-                scaler,
-                stop,
-                vars(flags),
-                flags.epochs,
-                flags.save_minutes,
-                flags.save_iter,
-            ),
-            progress,
-            epochs=flags.epochs,
-            images_per_epoch=flags.ex_per_epoch,
-            steps_per_epoch=flags.ipe,
-            batch_size=flags.mini_bs,
-            pooling={
-                "seed": flags.seed,
-                "shuffle": bool(flags.shuffle_data),
-                "fix_mask_noise": bool(flags.fix_mask_noise),
-                "image_size": size,
-                "n_patches": math.prod(model.config.grid),
-            },
-            sampling={
-                "dtype": dtype,
-                "images_per_pass": flags.code_bs,
-                "codes_per_image": flags.ns,
-                "codes_per_pass": flags.sp,
-                "mask_ratio": flags.mask_ratio,
-                "forecast": IO.Forecast(
-                    device, (flags.epochs - progress.epoch) * flags.ex_per_epoch
-                ),
-            },
-            stepping={
-                "optimizer": optimizer,
-                "scaler": scaler,
-                "batch_size": flags.mini_bs,
-                "parts": flags.accum,
-                "dtype": train_dtype,
-                "mask_ratio": flags.mask_ratio,
-                "clip_grad": flags.clip_grad,
-            },
-            rates=partial(
-                learning_rates,
-                lr=flags.lr,
-                lr_z=flags.lr_z,
-                min_lr=flags.min_lr,
-                headstart=flags.headstart_z * flags.ipe,
-                ramp=flags.n_ramp * flags.ipe,
-                total=flags.epochs * flags.ipe,
-                cycles=flags.n_cycles if flags.scheduler == "linear_ramp_cosine_decay" else 0,
-            ),
-        )
+        train(model, loader, validation, keeper, progress, **options)
     IO.say(f"done: {folder}")
 
 
 def start(flags):
     """Opens the data, then runs in as many processes as there are devices."""
     images = Data.open_pair(
-        flags.data_tr, flags.data_val, flags.train_n_way, flags.train_n_shot, flags.seed
+        flags.data_tr,
+        flags.data_val,
+        n_way=flags.train_n_way,
+        n_shot=flags.train_n_shot,
+        seed=flags.seed,
+        same_classes=bool(flags.fast_linear_probe) or flags.train_n_way != -1,
     )
     launch(run, flags.gpus, flags, *images)
 

@@ -23,7 +23,7 @@ from torchvision.transforms import v2 as T
 
 import Augmentation
 import Data
-import IO
+import Utils
 from Utils import InputError, seeded
 
 LONG = "/".join(["long" * 30] * 3)  # longer than any header field of a TAR
@@ -255,7 +255,7 @@ def test_a_damaged_image_ends_the_command_in_one_line(
     images, indices = Data.open_images(folder), torch.arange(2)
     loader = Data.ImageLoader(images, Augmentation.resize((8, 8)), num_workers=num_workers)
     with pytest.raises(SystemExit) as ended:
-        IO.run_command(lambda: list(loader.chunks(indices, indices, 1)))
+        Utils.run_command(lambda: list(loader.chunks(indices, indices, 1)))
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "a/cut.jpg" in line
@@ -355,10 +355,12 @@ def test_with_classes_keeps_all_images_in_the_order_of_the_classes_given():
 def test_open_pair_gives_both_sets_the_same_classes_and_names_the_flag_at_fault(tmp_path):
     tr = make_folder(tmp_path / "tr", ["a/1.png", "a/2.png", "b/1.png", "c/1.png", "d/1.png"])
     val = make_folder(tmp_path / "val", ["a/1.png", "c/1.png", "c/2.png"])
-    images_tr, images_val = Data.open_pair(tr, val, 2, 1, 0)
+    images_tr, images_val = Data.open_pair(tr, val, n_way=2, n_shot=1, seed=0)
     assert images_tr.classes == images_val.classes == ["a", "c"]
     assert images_val.targets.tolist() == [0, 1, 1]
-    for arguments, message in (
+    options = {"n_way": -1, "n_shot": -1, "seed": 0, "same_classes": False}
+    assert Data.open_pair(tr, val, **options)[1].classes == ["a", "c"]
+    for (tr_, val_, n_way, n_shot), message in (
         ((tmp_path / "none", val, 2, 1), "^--data_tr: .*none"),
         ((tr, tmp_path / "none", 2, 1), "^--data_val: .*none"),
         ((tr, val, 5, 1), "^--train_n_way: 5 .* 4"),
@@ -366,7 +368,7 @@ def test_open_pair_gives_both_sets_the_same_classes_and_names_the_flag_at_fault(
         ((tr, val, -1, -1), "^--data_val: no class b"),
     ):
         with pytest.raises(InputError, match=message):
-            Data.open_pair(*arguments, 0)
+            Data.open_pair(tr_, val_, n_way=n_way, n_shot=n_shot, seed=0)
 
 
 # -------------------------------------------------------------------------------------------------
