@@ -298,14 +298,8 @@ def resolve_flags(args):
         raise InputError(
             "--headstart_z: with --ignore_z 1 there is nothing that could learn first; allowed is 0"
         )
-    if (
-        args.epochs
-        and args.headstart_z + args.n_ramp >= args.epochs
-        and args.headstart_z + args.n_ramp > 0
-    ):
-        raise InputError(
-            f"--epochs {args.epochs}: must be more than --headstart_z and --n_ramp together"
-        )
+    if args.epochs and args.headstart_z + args.n_ramp > args.epochs:
+        say(f"note: --epochs {args.epochs} end before --headstart_z and --n_ramp do")
     if args.min_lr > min(args.lr, flags.lr_z):
         raise InputError(f"--min_lr {args.min_lr}: must be at most --lr and --lr_z")
     if args.mae_weights and not args.finetune:

@@ -167,51 +167,28 @@ def train_step(
 
 
 # -------------------------------------------------------------------------------------------------
-# Pools and minibatches.
+# An epoch's codes, and where a run stands.
 
 
 def choose_pool_codes(
-    model,
-    pool,
-    loader,
-    progress,
-    *,
-    dtype,
-    images_per_pass,
-    codes_per_image,
-    codes_per_pass,
-    mask_ratio,
-    forecast,
+    model, pool, loader, progress, *, dtype, images_per_pass, forecast, **options
 ):
     """Loads the pool's images and chooses a code for each: (n, D) on the host, None for a plain
     MAE. Codes and what to log about them stand in `progress`, where a run that was resumed inside
-    this epoch finds them."""
+    this epoch finds them. options: those of choose_chunk_codes."""
     n, device = len(pool.indices), model.pos_embed.device
     choosing = model.code_dim > 0 and progress.codes is None
     codes = torch.zeros(n, model.code_dim, device=device)
-    losses = torch.zeros(n, 3, device=device)  # of the chosen code, mean over codes, without code
+    losses = torch.zeros(n, 3, device=device)
     chunks = loader.chunks(pool.indices, pool.seeds, images_per_pass)
-    start = time.perf_counter()
     what, after_each = ("sampling codes", forecast) if choosing else ("loading", None)
+    start = time.perf_counter()
     for rows, images in IO.watch(chunks, what, n, after_each=after_each):
         pool.images[rows] = images
         if choosing:
-            with torch.no_grad(), autocast(device, dtype):
-                images = normalize(images.to(device, non_blocking=True))
-                mask_noise, seeds = pool.mask_noise[rows].to(device), pool.seeds[rows].to(device)
-                prefix = model.prefix(images, mask_noise, mask_ratio)
-                codes[rows], losses[rows, 0], losses[rows, 1] = choose_codes(
-                    model,
-                    images,
-                    mask_noise,
-                    seeds,
-                    codes_per_image=codes_per_image,
-                    codes_per_pass=codes_per_pass,
-                    prefix=prefix,
-                )
-                losses[rows, 2] = image_losses(
-                    model, model.suffix(prefix, None), images, prefix.mask
-                )
+            chunk = (images, pool.mask_noise[rows], pool.seeds[rows])
+            with autocast(device, dtype):
+                codes[rows], losses[rows] = choose_chunk_codes(model, *chunk, **options)
     sum_over_processes(pool.images, codes, losses)
     if choosing:
         best, mean, plain = losses.double().mean(0).tolist()
@@ -221,9 +198,22 @@ def choose_pool_codes(
             "sampling/first_losses": mean,
             "sampling/end_losses": best,
             "sampling/delta_wrt_no_z": best - plain,
-            "sampling/codes_per_sec": n * codes_per_image / seconds,
+            "sampling/codes_per_sec": n * options["codes_per_image"] / seconds,
         }
     return progress.codes
+
+
+@torch.no_grad()
+def choose_chunk_codes(model, images, mask_noise, seeds, *, mask_ratio, **options):
+    """choose_codes for uint8 images from the host: codes (N, D); losses (N, 3) of the chosen code,
+    averaged over codes, and without code."""
+    device = model.pos_embed.device
+    images = normalize(images.to(device, non_blocking=True))
+    mask_noise, seeds = mask_noise.to(device), seeds.to(device)
+    prefix = model.prefix(images, mask_noise, mask_ratio)
+    codes, best, mean = choose_codes(model, images, mask_noise, seeds, prefix=prefix, **options)
+    plain = image_losses(model, model.suffix(prefix, None), images, prefix.mask)
+    return codes, torch.stack([best, mean, plain], dim=1)
 
 
 @dataclass

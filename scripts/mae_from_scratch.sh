@@ -1,12 +1,3 @@
 #!/usr/bin/env bash
-# The MAE that the paper compares IMLE with: from scratch on 32 classes of ImageNet with 64 images each, on two GPUs. More flags are passed on and override.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-: "${IMAGENET_TRAIN:=data/imagenet/train}" "${IMAGENET_VAL:=data/imagenet/val}"
-
-python TrainIMLE.py --gpus 0 1 --suffix MAE_FROM_SCRATCH \
-    --data_tr "$IMAGENET_TRAIN" --data_val "$IMAGENET_VAL" --fast_linear_probe 1 \
-    --ex_for_mse_loss 2048 --ip_spec 11 adain --ex_per_epoch 2048 --code_bs 32 --sp 64 --ns 128 --mini_bs 64 --ipe 32 \
-    --lr_z 1e-4 --lr 1e-4 --use_augs 1 --shuffle_data 1 --scheduler linear_ramp_cosine_decay --n_ramp 8 --epochs 512 \
-    --save_iter 32 --train_n_way 32 --train_n_shot 64 --steps_per_eval 256 --wandb offline \
-    --finetune 0 --ignore_z 1 --no-fp16 --num_workers 8 "$@"
+# The MAE that the paper compares IMLE with: the same run without codes. More flags are passed on and override.
+exec bash "$(dirname "$0")/imle_from_scratch.sh" --suffix MAE_FROM_SCRATCH --ignore_z 1 "$@"
