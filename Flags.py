@@ -137,6 +137,7 @@ def training_parser():
     """The parser of TrainIMLE.py. A flag that is added here must be read somewhere."""
     parser = Parser(
         prog="TrainIMLE.py",
+        usage="TrainIMLE.py --data_tr PATH --data_val PATH [flags]",
         description="Train a masked autoencoder, made implicit by latent codes, by IMLE.",
     )
     data_flags(parser)
@@ -149,7 +150,7 @@ def training_parser():
     add("--latent_dim", type=whole(1, 2**16), default=512, metavar="NUMBERS",
         help="numbers per code")
     add("--mapping_net_layers", type=whole(1, 64), default=8, metavar="N",
-        help="of adain and local_adain")
+        help="of the net that turns a code into shifts and scales")
     add("--mapping_net_h_dim", type=whole(1, 2**16), default=512, metavar="WIDTH",
         help="its hidden width")
     add("--mapping_net_lrmul", type=real(1e-6), metavar="X",
@@ -261,19 +262,8 @@ def parse_flags(argv=None):
 def resolve_flags(args):
     """A new namespace with every default that depends on other flags filled in; an InputError for
     what does not go together."""
-    flags = argparse.Namespace(**vars(args))
-    preset = PRESETS[args.arch]
-    flags.input_size = list(args.input_size) * (3 - len(args.input_size))
-    if len(flags.input_size) != 2 or any(side % preset.patch_size for side in flags.input_size):
-        raise InputError(
-            f"--input_size {' '.join(map(str, args.input_size))}: give one or two multiples of "
-            f"{preset.patch_size}, the patch size of {args.arch}"
-        )
-    n_patches = math.prod(flags.input_size) // preset.patch_size**2
-    if not 0 < int(n_patches * (1 - args.mask_ratio)) < n_patches:
-        raise InputError(
-            f"--mask_ratio {args.mask_ratio}: {n_patches} patches: none would be masked, or visible"
-        )
+    flags, preset = argparse.Namespace(**vars(args)), PRESETS[args.arch]
+    flags.input_size = list(args.input_size) * (2 if len(args.input_size) == 1 else 1)
     if args.norm_pix_loss is None:
         flags.norm_pix_loss = int(preset.norm_pix_loss)
     if args.mapping_net_lrmul is None:
@@ -281,47 +271,56 @@ def resolve_flags(args):
     pairs = [] if args.ignore_z else parse_ip_spec(args.ip_spec, preset)
     flags.ip_spec = [str(word) for pair in pairs for word in pair]
     flags.lr_z = args.lr if args.lr_z == -1 else args.lr_z
+    flags.uid = args.uid or os.environ.get("SLURM_JOB_ID") or secrets.token_hex(4)
+    resolve_shared_flags(flags)
+    check_flags(flags, preset.patch_size)
     if args.sp > args.ns and not args.ignore_z:
         say(f"note: --sp {args.sp} is lowered to {args.ns}, as --ns")
         flags.sp = args.ns
-    if args.ipe * args.mini_bs < args.ex_per_epoch:
-        raise InputError(
-            f"--ipe {args.ipe}: so many steps of --mini_bs {args.mini_bs} images do not see "
-            f"the --ex_per_epoch {args.ex_per_epoch} images once; allowed is at least "
-            f"{math.ceil(args.ex_per_epoch / args.mini_bs)}"
-        )
-    if args.n_ramp and args.scheduler == "constant":
-        raise InputError(
-            f"--n_ramp {args.n_ramp}: --scheduler constant has no ramp; use 0, or linear_ramp"
-        )
-    if args.headstart_z and args.ignore_z:
-        raise InputError(
-            "--headstart_z: with --ignore_z 1 there is nothing that could learn first; allowed is 0"
-        )
     if args.epochs and args.headstart_z + args.n_ramp > args.epochs:
         say(f"note: --epochs {args.epochs} end before --headstart_z and --n_ramp do")
-    if args.min_lr > min(args.lr, flags.lr_z):
-        raise InputError(f"--min_lr {args.min_lr}: must be at most --lr and --lr_z")
-    if args.mae_weights and not args.finetune:
+    return flags
+
+
+def check_flags(flags, patch_size):
+    """Refuses resolved flags that do not go together; the InputError says what is allowed."""
+    size = " ".join(map(str, flags.input_size))
+    if len(flags.input_size) != 2 or any(side % patch_size for side in flags.input_size):
+        wanted = f"one or two multiples of {patch_size}, the patch size of --arch {flags.arch}"
+        raise InputError(f"--input_size {size}: allowed are {wanted}")
+    n_patches = math.prod(flags.input_size) // patch_size**2
+    if not 0 < int(n_patches * (1 - flags.mask_ratio)) < n_patches:
+        shown = f"of {n_patches} patches some must be masked, some visible"
+        raise InputError(f"--mask_ratio {flags.mask_ratio}: {shown}")
+    if flags.ipe * flags.mini_bs < flags.ex_per_epoch:
         raise InputError(
-            "--mae_weights: --finetune 0 starts from scratch; use --finetune 1 or no weights"
+            f"--ipe {flags.ipe}: so many steps of --mini_bs {flags.mini_bs} images do not see "
+            f"the --ex_per_epoch {flags.ex_per_epoch} images once; allowed is at least "
+            f"{math.ceil(flags.ex_per_epoch / flags.mini_bs)}"
         )
-    resolve_shared_flags(flags)
+    if flags.n_ramp and flags.scheduler == "constant":
+        shown = "--scheduler constant has no ramp; use 0, or linear_ramp"
+        raise InputError(f"--n_ramp {flags.n_ramp}: {shown}")
+    if flags.headstart_z and flags.ignore_z:
+        shown = "with --ignore_z 1 nothing could learn first; allowed is 0"
+        raise InputError(f"--headstart_z {flags.headstart_z}: {shown}")
+    if flags.min_lr > flags.lr or (flags.min_lr > flags.lr_z and not flags.ignore_z):
+        raise InputError(f"--min_lr {flags.min_lr}: must be at most --lr and --lr_z")
     n_processes = max(len(flags.gpus), int(os.environ.get("WORLD_SIZE", 1)))
-    if args.mini_bs < n_processes:
-        raise InputError(
-            f"--mini_bs {args.mini_bs}: allowed is at least one for each of {n_processes} processes"
-        )
-    flags.uid = args.uid or os.environ.get("SLURM_JOB_ID") or secrets.token_hex(4)
+    if flags.mini_bs < n_processes:
+        shown = f"allowed is at least one image for each of {n_processes} processes"
+        raise InputError(f"--mini_bs {flags.mini_bs}: {shown}")
     if not re.fullmatch(r"[\w.+-]{1,64}", flags.uid, re.ASCII):
-        raise InputError(f"--uid {args.uid}: allowed are up to 64 letters, digits and . _ + -")
-    if args.finetune and not args.mae_weights and args.arch not in PUBLISHED:
+        raise InputError(f"--uid {flags.uid}: allowed are up to 64 letters, digits and . _ + -")
+    if flags.mae_weights and not flags.finetune:
+        shown = "--finetune 0 starts from scratch; use --finetune 1, or no weights"
+        raise InputError(f"--mae_weights: {shown}")
+    if flags.finetune and not flags.mae_weights and flags.arch not in PUBLISHED:
         raise InputError(
-            f"--finetune 1: no weights are published for --arch {args.arch} (but for "
+            f"--finetune 1: no weights are published for --arch {flags.arch} (but for "
             f"{', '.join(PUBLISHED)}); name a file with --mae_weights, "
             "or train from scratch with --finetune 0"
         )
-    return flags
 
 
 def resolve_shared_flags(flags):
@@ -334,7 +333,11 @@ def resolve_shared_flags(flags):
 
 def probe_parser():
     """The parser of LinearProbe.py."""
-    parser = Parser(prog="LinearProbe.py", description="Probe the encoder of a checkpoint.")
+    parser = Parser(
+        prog="LinearProbe.py",
+        usage="LinearProbe.py --model FILE --data_tr PATH --data_val PATH [flags]",
+        description="Probe the encoder of a checkpoint by few-shot linear classification.",
+    )
     parser.add_argument(
         "--model", required=True, metavar="FILE", help="a checkpoint of ours or of MAE's"
     )
