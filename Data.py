@@ -309,10 +309,9 @@ class SeededImages(Dataset):
             return self.transform(self.images.load(index))
 
 
-def leave_signals(_):
-    """In a worker: an interruption is the main process's business, a termination is not caught."""
+def leave_interrupts(_):
+    """In a worker: an interruption is the main process's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class ImageLoader:
@@ -328,7 +327,7 @@ class ImageLoader:
             num_workers=num_workers,
             persistent_workers=persistent and num_workers > 0,
             pin_memory=pin_memory,
-            worker_init_fn=leave_signals,
+            worker_init_fn=leave_interrupts,
             generator=torch.Generator(),  # of its own: else each pass draws from the global one
         )
 

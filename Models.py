@@ -224,17 +224,17 @@ def reconstruction_loss(pred, images, mask, norm_pix_loss=True):
     """Mean squared error over each image's masked patches (MAE, section 3): (N,) for pred (N, L or
     M, P*P*3), (N, K) for (N, K, L or M, P*P*3). images (N,3,H,W) normalised; mask (N,L), 1 =
     removed; all images have M removed patches."""
+    target = target_patches(images, math.isqrt(pred.shape[-1] // 3), norm_pix_loss)[:, None]
+    masked_only = pred.shape[-2] < mask.shape[1]
+    if masked_only:
+        target = pick(target, masked_patches(mask, pred.shape[-2]))
     codes = pred if pred.ndim == 4 else pred[:, None]
-    target = target_patches(images, math.isqrt(pred.shape[-1] // 3), norm_pix_loss)[
-        :, None
-    ]  # (N, 1, L, P*P*3)
-    if pred.shape[-2] == mask.shape[1]:
-        # To try another loss, change the two lines that take a square.
-        losses = (codes - target).square().mean(-1)  # (N, K, L)
-        losses = (losses * mask[:, None]).sum(-1) / mask.sum(-1)[:, None]
+    # To try another loss, change this line.
+    losses = (codes - target).square().mean(-1)  # (N, K, L or M)
+    if masked_only:
+        losses = losses.mean(-1)
     else:
-        target = pick(target, masked_patches(mask, pred.shape[-2]))  # (N, 1, M, P*P*3)
-        losses = (codes - target).square().mean((-1, -2))
+        losses = (losses * mask[:, None]).sum(-1) / mask.sum(-1)[:, None]
     return losses if pred.ndim == 4 else losses[:, 0]
 
 
@@ -242,9 +242,7 @@ class Prefix(NamedTuple):
     """What is computed once per image, before the first injection."""
 
     tokens: torch.Tensor  # (N, 1, T, C)
-    positions: (
-        torch.Tensor
-    )  # (N, 1+L): the class token's, the visible patches', the masked ones' in raster order
+    positions: torch.Tensor  # (N, 1+L): class token, visible patches, masked ones in raster order
     mask: torch.Tensor  # (N, L), 1 = removed
     n_visible: int  # V
 
