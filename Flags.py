@@ -389,6 +389,8 @@ def device_names(gpus, processes):
     ids = [name.removeprefix("cuda:") for name in gpus]
     if set(ids) == {"cpu"}:
         return ["cpu"] * processes
+    if "cpu" in ids:
+        raise InputError(f"--gpus {' '.join(gpus)}: cpu can't be combined with GPUs")
     for name in ids:
         if not (name.isdecimal() and int(name) < n_gpus):
             allowed = f"0 to {n_gpus - 1}, or cpu" if n_gpus else "cpu, as this machine has no GPU"

@@ -349,11 +349,12 @@ def locate_run(script, flags):
     if flags.resume and not path.samefile(flags.resume):
         step = read_checkpoint(flags.resume).get("progress", {}).get("step")
         if step != checkpoint["progress"]["step"]:
-            raise InputError(f"--resume {flags.resume}: is not the newest of its run: {path}")
+            raise InputError(f"--resume {flags.resume}: not its run's newest; give {path}")
     new, old = vars(flags), checkpoint["args"]
-    changed = [name for name in new if name not in CHANGEABLE and new[name] != old.get(name)]
+    same = CHANGEABLE | (new.keys() - old.keys())  # a flag that is newer than the run, too
+    changed = [name for name in new if name not in same and new[name] != old[name]]
     if changed:
-        shown = ", ".join(f"--{name} was {old.get(name)}, is {new[name]}" for name in changed)
+        shown = ", ".join(f"--{name} was {old[name]}, is {new[name]}" for name in changed)
         raise InputError(
             f"--uid {flags.uid}: that run was started with other flags ({shown}); "
             "give those, or choose another --uid"

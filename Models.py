@@ -52,8 +52,8 @@ class ModelConfig:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
 
-# To add a size, add a row. The published MAEs share one decoder (He et al. 2022, section 4); tiny
-# and small are timm's widths.
+# To add a size, add a row; --input_size gives the image size. The published MAEs share one decoder
+# (He et al. 2022, section 4); tiny and small are timm's widths.
 PRESETS = {
     "vit_base": ModelConfig(),
     "vit_base_vis": ModelConfig(norm_pix_loss=False),
@@ -62,8 +62,7 @@ PRESETS = {
     "vit_tiny": ModelConfig(dim=192, num_heads=3),
     "vit_small": ModelConfig(dim=384, num_heads=6),
     "vit_demo": ModelConfig(
-        (32, 32),
-        4,
+        patch_size=4,
         dim=128,
         depth=4,
         num_heads=4,
@@ -169,9 +168,10 @@ class Add(nn.Module):
 
 
 # To add a method of injection, write a class like those above and name it here. It is built with
-# the config, the channels C of its place and the number of positions 1+L, and called with tokens
-# (N, K or 1, T, C), codes (N, K, code_dim) and the tokens' positions (N, T): 0 for the class token,
-# 1... for the patches in raster order. It returns (N, K, T, C).
+# the config, the channels C of its place and the number of positions 1+L; it has `code_dim`, how
+# many numbers of a code it reads, and `after_norm`, whether it acts behind a norm that follows. It
+# is called with tokens (N, K or 1, T, C), codes (N, K, code_dim) and the tokens' positions (N, T),
+# 0 for the class token, 1... for the patches in raster order, and returns (N, K, T, C).
 INJECTIONS = {"adain": AdaIN, "local_adain": LocalAdaIN, "add": Add}
 
 

@@ -63,11 +63,13 @@ def train(
     rates,
 ):
     """Trains the model on the loader's images by IMLE, from where `progress` stands. `validate` and
-    `keeper`, which logs and saves, are told of every step and know what is due."""
+    `keeper`, which logs and saves, are told of every step and know what is due. pooling, sampling,
+    stepping: keywords of the functions they go to, made in `loop_options`."""
     network = distributed(model)
     validate(model, progress)
     for epoch in range(progress.epoch, epochs):
         pool = Data.draw_pool(loader.images, images_per_epoch, epoch, **pooling)
+        # Loads the pool's images; then IMLE: a code for each.
         codes = choose_pool_codes(model, pool, loader, progress, **sampling)
         batches = Data.minibatches(pool, codes, progress.step, steps_per_epoch, batch_size)
         for batch in IO.watch(batches, "gradient steps", steps_per_epoch, unit="steps"):
@@ -95,8 +97,9 @@ def choose_codes(
     nearest.
 
     images (N,3,H,W) normalised, mask_noise (N,L), seeds (N,) int64 -> chosen codes (N,D), their
-    losses (N,), the mean loss over all codes (N,). `prefix`: model.prefix of these images, where it
-    is known. A non-finite loss never wins."""
+    losses (N,), the mean loss over all codes (N,). `prefix`: model.prefix of these images (the
+    network up to the first injection, once per image), where it is known. A non-finite loss never
+    wins."""
     prefix = model.prefix(images, mask_noise, mask_ratio) if prefix is None else prefix
     best_losses = torch.full((len(images),), math.inf, device=images.device)
     best_codes = torch.zeros(len(images), model.code_dim, device=images.device)
@@ -138,11 +141,11 @@ def train_step(
     model = getattr(network, "module", network)  # DDP's
     device = model.pos_embed.device
     total = torch.zeros((), device=device)
-    parts = batch.split(parts)
-    for part in parts:
+    shares = batch.split(parts)
+    for part in shares:
         images, mask_noise, codes = part.to(device)
         waiting = (
-            part is not parts[-1] and network is not model
+            part is not shares[-1] and network is not model
         )  # gradients are exchanged with the last part
         with network.no_sync() if waiting else nullcontext():
             with autocast(device, dtype):

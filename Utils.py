@@ -217,7 +217,9 @@ class StopSignal:
             raise KeyboardInterrupt
         self.signal = self.signal or number
         if rank() == 0:  # written as it is safe in a handler
-            os.write(1, b"asked to stop: saving after this step (ask again to stop at once)\n")
+            os.write(
+                1, b"asked to stop: saving after the next gradient step (ask again: at once)\n"
+            )
 
     @property
     def status(self):

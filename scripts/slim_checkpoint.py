@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import IO  # noqa: E402 (the line above makes it importable)
-from Utils import run_command  # noqa: E402
+from Utils import InputError, run_command  # noqa: E402
 
 
 def main(argv=None):
@@ -23,8 +23,13 @@ def main(argv=None):
 def slim(source, out):
     """Writes the model of one of our checkpoints in float16."""
     content = IO.read_checkpoint(source)
+    if not {"model", "config"} <= content.keys():
+        raise InputError(f"{source} is no checkpoint of ours")
     weights = {name: tensor.half() for name, tensor in content["model"].items()}
-    IO.save_checkpoint(out, {"model": weights, "config": content["config"]})
+    try:
+        IO.save_checkpoint(out, {"model": weights, "config": content["config"]})
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror}") from None
 
 
 if __name__ == "__main__":
