@@ -490,3 +490,34 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
     done = command(*TINY, "--save_folder", tmp_path, check=False)
     assert done.returncode == 2 and "--save_folder" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_goes_on_although_a_flag_is_newer_than_it(tiny_run, tmp_path):
+    shutil.copytree(tiny_run.parent.parent, tmp_path, dirs_exist_ok=True)
+    path = final_path(run_folder(tmp_path))
+    content = torch.load(path, weights_only=True)
+    del content["args"]["clip_grad"]
+    IO.save_checkpoint(path, content)
+    flags = [*TINY, "--steps_per_eval", 2, "--uid", "tiny", "--save_folder", tmp_path]
+    assert "going on after step 8" in command(*flags, "--epochs", 3).stdout
+
+
+def test_a_slim_checkpoint_is_the_same_model_in_half_precision(tiny_run, tmp_path):
+    program = (sys.executable, "scripts/slim_checkpoint.py")
+    path = final_path(tiny_run)
+    command(path, tmp_path / "slim.pt", program=program)
+    assert (tmp_path / "slim.pt").stat().st_size < path.stat().st_size / 5
+    model, slim = IO.load_model(path), IO.load_model(tmp_path / "slim.pt")
+    assert slim.config == model.config
+    for name, weights in model.state_dict().items():
+        torch.testing.assert_close(slim.state_dict()[name], weights, atol=1e-3, rtol=1e-3)
+    for arguments in (("tests/golden/mae_tiny.pth", tmp_path / "x"), (path, tmp_path / "no/x")):
+        done = command(*arguments, program=program, check=False)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+def test_runs_are_listed_with_what_they_reached(tiny_run):
+    program = (sys.executable, "scripts/runs.py")
+    heading, row = command(tiny_run.parent, program=program).stdout.splitlines()
+    assert heading.split()[0] == "steps" and row.split()[0] == "8" and tiny_run.name in row
+    assert command("scripts", program=program, check=False).returncode == 2
