@@ -139,9 +139,8 @@ class TarImages(Images):
                 end = archive.offset
             with open(path, "rb") as file:
                 file.seek(end)
-                if file.read(512) != bytes(
-                    512
-                ):  # tarfile takes anything that is no header for the end
+                # tarfile takes anything that is no header for the end.
+                if file.read(512) != bytes(512):
                     raise tarfile.ReadError("it ends without an end mark")
         except (tarfile.ReadError, KeyError) as error:
             shown = f"{path} is not a whole, uncompressed TAR archive"

@@ -144,17 +144,14 @@ def train_step(
     shares = batch.split(parts)
     for part in shares:
         images, mask_noise, codes = part.to(device)
-        waiting = (
-            part is not shares[-1] and network is not model
-        )  # gradients are exchanged with the last part
+        # Processes exchange gradients, which DDP averages, with the last part.
+        waiting = part is not shares[-1] and network is not model
         with network.no_sync() if waiting else nullcontext():
             with autocast(device, dtype):
                 pred, mask = network(images, mask_noise, codes, mask_ratio, masked_only=True)
                 losses = image_losses(model, pred, images, mask)  # (n, 1), without codes (n,)
             loss = losses.sum() / batch_size
-            scaler.scale(
-                loss * world_size()
-            ).backward()  # DDP averages gradients over the processes
+            scaler.scale(loss * world_size()).backward()
         total += loss.detach()
     sum_over_processes(total)
     if not math.isfinite(loss := total.item()):
@@ -278,9 +275,8 @@ def evaluate(model, images, mask_noise, seeds, *, codes_per_image, codes_per_pas
     ):
         total += losses.sum(1)
         best = torch.minimum(best, torch.where(losses.isfinite(), losses, math.inf).min(1).values)
-        difference = (
-            pred.float() - plain[:, None]
-        )  # to the completion without code: small numbers square exactly
+        # To the completion without code: small numbers, whose squares lose nothing.
+        difference = pred.float() - plain[:, None]
         first_moment += difference.sum(1)
         second_moment += difference.square().sum(1)
     variance = second_moment / codes_per_image - (first_moment / codes_per_image).square()
