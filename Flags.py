@@ -1,7 +1,6 @@
 """The flags of the programs: what they mean, their defaults and bounds, and what goes together."""
 
 import argparse
-import dataclasses
 import difflib
 import math
 import os
@@ -11,9 +10,9 @@ import sys
 
 import torch
 
-from IO import PUBLISHED, read_checkpoint, say
-from Models import ACTIVATIONS, INJECTIONS, PRESETS, ModelConfig
-from Utils import InputError
+from Models import ACTIVATIONS, INJECTIONS, PRESETS
+from Utils import InputError, say
+from Weights import PUBLISHED, SOURCES, read_checkpoint
 
 # -------------------------------------------------------------------------------------------------
 # Flags. Every flag, its default, its unit and its bounds stand in `training_parser`; `parse_flags`
@@ -166,7 +165,7 @@ def training_parser():
     add("--finetune", **SWITCH, default=1,
         help="1: start from pretrained weights, those of --mae_weights or the published ones for "
         "--arch; 0: from scratch")
-    add("--mae_weights", metavar="FILE", help="a checkpoint of ours or of facebookresearch/mae")
+    add("--mae_weights", metavar="SOURCE", help=f"weights to start from: {SOURCES}")
     add("--ignore_z", **SWITCH, default=0, help="1: no codes, a plain MAE")
 
     add = parser.add_argument_group("training").add_argument
@@ -318,7 +317,7 @@ def check_flags(flags, patch_size):
     if flags.finetune and not flags.mae_weights and flags.arch not in PUBLISHED:
         raise InputError(
             f"--finetune 1: no weights are published for --arch {flags.arch} (but for "
-            f"{', '.join(PUBLISHED)}); name a file with --mae_weights, "
+            f"{', '.join(PUBLISHED)}); name others with --mae_weights, "
             "or train from scratch with --finetune 0"
         )
 
@@ -335,11 +334,11 @@ def probe_parser():
     """The parser of LinearProbe.py."""
     parser = Parser(
         prog="LinearProbe.py",
-        usage="LinearProbe.py --model FILE --data_tr PATH --data_val PATH [flags]",
+        usage="LinearProbe.py --model SOURCE --data_tr PATH --data_val PATH [flags]",
         description="Probe the encoder of a checkpoint by few-shot linear classification.",
     )
     parser.add_argument(
-        "--model", required=True, metavar="FILE", help="a checkpoint of ours or of MAE's"
+        "--model", required=True, metavar="SOURCE", help=f"the weights to probe: {SOURCES}"
     )
     data_flags(parser)
     probe_flags(parser)
@@ -404,15 +403,15 @@ def device_names(gpus, processes):
     return [f"cuda:{name}" for name in ids]
 
 
-def model_config(flags):
-    """The ModelConfig that resolved flags ask for."""
-    names = [field.name for field in dataclasses.fields(ModelConfig) if field.name in vars(flags)]
-    options = {name: getattr(flags, name) for name in names}
-    options |= {
+def model_fields(flags):
+    """The fields of ModelConfig that resolved flags determine: all but norm_eps, which weights from
+    elsewhere bring along."""
+    preset = PRESETS[flags.arch]
+    fields = {name: vars(flags).get(name, value) for name, value in vars(preset).items()}
+    fields |= {
         "image_size": tuple(flags.input_size),
         "norm_pix_loss": bool(flags.norm_pix_loss),
-        "ip_spec": tuple(parse_ip_spec(flags.ip_spec, PRESETS[flags.arch]))
-        if flags.ip_spec
-        else (),
+        "ip_spec": tuple(parse_ip_spec(flags.ip_spec, preset)) if flags.ip_spec else (),
     }
-    return dataclasses.replace(PRESETS[flags.arch], **options)
+    del fields["norm_eps"]
+    return fields

@@ -1,12 +1,8 @@
-"""The edges of a run: its folder, its metrics and pictures, its checkpoints, and weights from
-elsewhere."""
+"""The edges of a run: its folder, its metrics and pictures, its checkpoints."""
 
-import argparse
-import dataclasses
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import resource
@@ -15,8 +11,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import warnings
-import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,18 +19,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from Models import ModelConfig, build, infer_config, load_weights
-from Utils import InputError, rank, world_size
+from Utils import InputError, rank, say, world_size, write_atomically
+from Weights import load_model, read_checkpoint  # noqa: F401 (load_model: where users look for it)
 
 # -------------------------------------------------------------------------------------------------
 # What a person sees: lines and progress bars, of the first process only.
-
-
-def say(text):
-    """Prints a line on the first process, above any progress bar."""
-    if rank() == 0:
-        tqdm.write(str(text), file=sys.stdout)
-        sys.stdout.flush()
 
 
 def watch(items, description, total, unit="images", after_each=None):
@@ -385,49 +372,12 @@ def describe_run(flags):
 
 
 # -------------------------------------------------------------------------------------------------
-# Checkpoints: tensors and plain data only, so that torch.load(weights_only=True) reads them.
-
-
-def write_atomically(path, content):
-    """Writes bytes, or what `content(file)` writes: all of it or, whatever happens, nothing."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            content(file) if callable(content) else file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+# The checkpoints of a run.
 
 
 def save_checkpoint(path, state):
     """Saves a dict of tensors and plain data."""
     write_atomically(path, lambda file: torch.save(state, file))
-
-
-def read_checkpoint(path):
-    """The dict in a checkpoint of ours or of facebookresearch/mae, whose training files hold an
-    argparse.Namespace; an InputError where it is missing, damaged, or wants to run code."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise InputError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
-    try:
-        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
-            raise InputError(f"{path} is damaged: its part {bad} has a wrong checksum")
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        reason = "it holds more than tensors and plain data, or is no checkpoint"
-        raise InputError(f"{path} was refused: {reason}") from None
-    except (RuntimeError, OSError, EOFError, LookupError, ValueError, zipfile.BadZipFile) as error:
-        reason = f" ({type(error).__name__})"
-        raise InputError(f"{path} is damaged, or no checkpoint{reason}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
-    return content
 
 
 def newest_checkpoint(folder):
@@ -446,75 +396,3 @@ def newest_checkpoint(folder):
     if paths:
         raise InputError(f"{folder}: none of its {len(paths)} checkpoints can be read")
     return None, None
-
-
-# -------------------------------------------------------------------------------------------------
-# Weights to start from.
-
-MAE_ADDRESS = "https://dl.fbaipublicfiles.com/mae/"
-PUBLISHED = {  # of facebookresearch/mae, CC-BY-NC 4.0; see its issues 3 and 8
-    "vit_base": "pretrain/mae_pretrain_vit_base_full.pth",
-    "vit_large": "pretrain/mae_pretrain_vit_large_full.pth",
-    "vit_huge": "pretrain/mae_pretrain_vit_huge_full.pth",
-    "vit_base_vis": "visualize/mae_visualize_vit_base.pth",
-}
-
-
-def published_weights(arch, folder="mae_checkpoints"):
-    """The path of the published MAE weights for an arch, fetched on first use; an InputError says
-    what to do where that fails."""
-    address = MAE_ADDRESS + PUBLISHED[arch]
-    path = Path(folder) / Path(address).name
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            say(f"fetching {address} to {path}")
-            torch.hub.download_url_to_file(address, str(path), progress=sys.stderr.isatty())
-        except OSError as error:
-            raise InputError(
-                f"--finetune 1: could not fetch {address} ({error}); fetch it elsewhere and put it "
-                f"at {path}, name another file with --mae_weights, "
-                "or train from scratch with --finetune 0"
-            ) from None
-    return str(path)
-
-
-SIZES = (
-    "patch_size",
-    "dim",
-    "depth",
-    "num_heads",
-    "decoder_dim",
-    "decoder_depth",
-    "decoder_num_heads",
-)
-
-
-def load_model(source, **overrides):
-    """An ImplicitMAE with the weights in a file of ours or in facebookresearch/mae's layout;
-    `overrides` replace fields of its ModelConfig. An InputError where its sizes are not those that
-    the overrides ask for."""
-    content = read_checkpoint(source)
-    try:
-        state = content.get("model", content)
-        if "config" in content:
-            config = ModelConfig(**content["config"])
-        else:
-            told = ("num_heads", "decoder_num_heads")
-            config = infer_config(state, **{k: overrides[k] for k in told if k in overrides})
-        wanted = dataclasses.replace(config, **overrides)
-        for name in SIZES:
-            if getattr(config, name) != getattr(wanted, name):
-                found, expected = getattr(config, name), getattr(wanted, name)
-                raise InputError(f"its {name} is {found}, expected was {expected}")
-        model = build(wanted)
-        fresh = not load_weights(model, state, config.grid) and model.code_dim > 0
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from None
-    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-        raise InputError(f"{source} does not hold a model ({type(error).__name__})") from None
-    if fresh:
-        say(f"note: the injections start fresh: {source} has none, or others")
-    if "config" in content and config.norm_pix_loss != wanted.norm_pix_loss:
-        say(f"note: {source} was trained with --norm_pix_loss {int(config.norm_pix_loss)}")
-    return model

@@ -23,6 +23,7 @@ from Utils import (
     naming,
     permutation,
     run_command,
+    say,
     sum_over_processes,
 )
 
@@ -136,7 +137,7 @@ class FastProbe:
         counts = torch.bincount(torch.as_tensor(images_tr.targets))
         ways, shots = min(n_way, n_classes), min(n_shot, int(counts.min()))
         if (ways, shots) != (n_way, n_shot):
-            IO.say(f"note: the probe has --val_n_way {ways} classes of --val_n_shot {shots} images")
+            say(f"note: the probe has --val_n_way {ways} classes of --val_n_shot {shots} images")
         train = Data.few_shot(images_tr, ways, shots, seed)
         test = Data.with_classes(images_val, train.classes)
         self.sets = []  # (loader, indices, seeds, labels) for training and for the test
@@ -213,7 +214,7 @@ def run(flags, images_tr, images_val):
         model = IO.load_model(flags.model).to(device)
     probe = fast_probe(flags, images_tr, images_val, model.config.image_size, device, dtype)
     n_train, n_val = probe.sizes
-    IO.say(json.dumps({"model": flags.model, **probe(model), "n_train": n_train, "n_val": n_val}))
+    say(json.dumps({"model": flags.model, **probe(model), "n_train": n_train, "n_val": n_val}))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed
+from timm.layers import PatchEmbed, build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 
 from Augmentation import denormalize, normalize
-from Utils import InputError, Stream, mix_seeds, random_normal
+from Utils import Stream, mix_seeds, random_normal
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,11 @@ class ModelConfig:
     decoder_dim: int = 512
     decoder_depth: int = 8
     decoder_num_heads: int = 16
-    norm_pix_loss: bool = (
-        True  # what the predictions are trained to be: patches normalised one by one, or raw pixels
-    )
-    ip_spec: tuple[
-        tuple[int | str, str], ...
-    ] = ()  # (place, method): block 0..., decoder blocks from `depth` on, "mask"
+    norm_eps: float = 1e-6  # of every LayerNorm; other only in weights from elsewhere
+    # What the predictions are trained to be: patches normalised one by one, or raw pixels.
+    norm_pix_loss: bool = True
+    # Pairs (place, method): encoder blocks 0..., decoder blocks from `depth` on, "mask".
+    ip_spec: tuple[tuple[int | str, str], ...] = ()
     latent_dim: int = 512
     mapping_net_layers: int = 8
     mapping_net_h_dim: int = 512
@@ -54,6 +53,7 @@ class ModelConfig:
 
 # To add a size, add a row; --input_size gives the image size. The published MAEs share one decoder
 # (He et al. 2022, section 4); tiny and small are timm's widths.
+# fmt: off
 PRESETS = {
     "vit_base": ModelConfig(),
     "vit_base_vis": ModelConfig(norm_pix_loss=False),
@@ -61,16 +61,10 @@ PRESETS = {
     "vit_huge": ModelConfig(patch_size=14, dim=1280, depth=32, num_heads=16),
     "vit_tiny": ModelConfig(dim=192, num_heads=3),
     "vit_small": ModelConfig(dim=384, num_heads=6),
-    "vit_demo": ModelConfig(
-        patch_size=4,
-        dim=128,
-        depth=4,
-        num_heads=4,
-        decoder_dim=64,
-        decoder_depth=2,
-        decoder_num_heads=2,
-    ),
+    "vit_demo": ModelConfig(patch_size=4, dim=128, depth=4, num_heads=4,
+                            decoder_dim=64, decoder_depth=2, decoder_num_heads=2),
 }
+# fmt: on
 
 
 # -------------------------------------------------------------------------------------------------
@@ -154,7 +148,8 @@ class LocalAdaIN(nn.Module):
 
 
 class Add(nn.Module):
-    """A code as large as all tokens, added to them."""
+    """A code as large as all tokens, added to them; with adain_init="identity" times one learned
+    number per channel, zero at first."""
 
     after_norm = False
 
@@ -162,9 +157,12 @@ class Add(nn.Module):
         super().__init__()
         self.code_dim = n_positions * channels
         self.channels = channels
+        if config.adain_init == "identity":
+            self.scale = nn.Parameter(torch.zeros(channels))
 
     def forward(self, tokens, codes, positions):
-        return tokens + pick(codes.unflatten(-1, (-1, self.channels)), positions)
+        noise = pick(codes.unflatten(-1, (-1, self.channels)), positions)  # (N, K, T, C)
+        return tokens + noise * getattr(self, "scale", 1)
 
 
 # To add a method of injection, write a class like those above and name it here. It is built with
@@ -253,11 +251,25 @@ class Step(NamedTuple):
 
     run: Callable
     reads_codes: bool = False
+    narrows: bool = False  # gives only the tokens whose predictions are wanted
 
 
-def each_code(block, tokens):
-    """Runs a block of timm's, which knows nothing of codes, on tokens (N, K, T, C)."""
-    return block(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+def run_block(block, tokens, first=0):
+    """timm's Block, which knows nothing of codes, on tokens (N, K, T, C): what becomes of those
+    from `first` on, which attend to all; the others are not computed."""
+    x = tokens.flatten(0, 1)  # (N*K, T, C)
+    if not first:
+        return block(x).unflatten(0, tokens.shape[:2])
+    attention, channels, x_norm = block.attn, x.shape[2], block.norm1(x)
+    weights, biases = attention.qkv.weight, attention.qkv.bias
+    queries = F.linear(x_norm[:, first:], weights[:channels], biases[:channels])
+    keys, values = F.linear(x_norm, weights[channels:], biases[channels:]).chunk(2, dim=-1)
+    heads = [
+        t.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for t in (queries, keys, values)
+    ]
+    mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    x = x[:, first:] + attention.proj(mixed)
+    return (x + block.mlp(block.norm2(x))).unflatten(0, tokens.shape[:2])
 
 
 class ImplicitMAE(nn.Module):
@@ -268,7 +280,7 @@ class ImplicitMAE(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        c, norm = config, partial(nn.LayerNorm, eps=1e-6)
+        c, norm = config, partial(nn.LayerNorm, eps=config.norm_eps)
         length = c.grid[0] * c.grid[1]
         self.patch_embed = PatchEmbed(c.image_size, c.patch_size, 3, c.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.dim))
@@ -310,11 +322,12 @@ class ImplicitMAE(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.config.dim, -1))
 
-    # The network is a list of steps, which is split in front of the first that reads codes.
+    # The network is a list of steps, which is split in front of the first that reads codes. The
+    # last decoder block, and all behind it, compute the tokens from `first` on only.
 
-    def _inject(self, place):
+    def _inject(self, place, first=0):
         """The step that injects codes at a place, as a list of one; empty where nothing is
-        injected."""
+        injected. Its tokens are those from `first` on."""
         if place not in self.code_slices:
             return []
 
@@ -322,15 +335,21 @@ class ImplicitMAE(nn.Module):
             if codes is None:
                 return tokens
             codes = codes[..., self.code_slices[place]]
-            return self.injections[str(place)](tokens, codes, positions[:, : tokens.shape[2]])
+            positions = positions[:, first : first + tokens.shape[2]]
+            return self.injections[str(place)](tokens, codes, positions)
 
         return [Step(inject, reads_codes=True)]
 
-    def _block_steps(self, blocks, first_place, norm):
-        """Blocks, each followed by its injection, and the norm behind the last."""
+    def _block_steps(self, blocks, first_place, norm, first=None):
+        """Blocks, each followed by its injection, and the norm behind the last. The last one gives
+        the tokens from `first` on only, if that is given."""
+        last_place = first_place + len(blocks) - 1
         steps = []
         for place, block in enumerate(blocks, first_place):
-            steps += [Step(lambda x, *_, block=block: each_code(block, x)), *self._inject(place)]
+            narrows = first is not None and place == last_place
+            start = first if narrows else 0
+            run = lambda x, *_, block=block, start=start: run_block(block, x, start)  # noqa: E731
+            steps += [Step(run, narrows=narrows), *self._inject(place, start)]
         behind_norm = place in self.code_slices and self.injections[str(place)].after_norm
         steps.insert(len(steps) - behind_norm, Step(lambda x, *_: norm(x)))
         return steps
@@ -338,11 +357,12 @@ class ImplicitMAE(nn.Module):
     def _encoder_steps(self):
         return self._block_steps(self.blocks, 0, self.norm)
 
-    def _decoder_steps(self):
+    def _decoder_steps(self, first):
+        blocks = self._block_steps(self.decoder_blocks, len(self.blocks), self.decoder_norm, first)
         return [
             Step(lambda x, *_: self.decoder_embed(x)),
             Step(self._append_mask_tokens, reads_codes="mask" in self.code_slices),
-            *self._block_steps(self.decoder_blocks, len(self.blocks), self.decoder_norm),
+            *blocks,
         ]
 
     def _append_mask_tokens(self, tokens, codes, positions):
@@ -365,11 +385,13 @@ class ImplicitMAE(nn.Module):
         class_token = (self.cls_token + self.pos_embed[:, :1])[None].expand(len(images), -1, -1, -1)
         return torch.cat([class_token, patches], dim=2)
 
-    def _split(self):
-        """The steps before the first that reads codes, and the others."""
-        steps = self._encoder_steps() + self._decoder_steps()
-        first = next((i for i, step in enumerate(steps) if step.reads_codes), len(steps))
-        return steps[:first], steps[first:]
+    def _split(self, first=0):
+        """The steps before the first that reads codes, and the others. Where none does, the last
+        decoder block is of the others, so that they can leave out what is not wanted."""
+        steps = self._encoder_steps() + self._decoder_steps(first)
+        at = [i for i, step in enumerate(steps) if step.reads_codes]
+        at += [i for i, step in enumerate(steps) if step.narrows]
+        return steps[: at[0]], steps[at[0] :]
 
     def prefix(self, images, mask_noise, mask_ratio=0.75):
         """images (N,3,H,W) normalised, mask_noise (N,L) -> what no code changes: a Prefix for
@@ -390,13 +412,15 @@ class ImplicitMAE(nn.Module):
     def suffix(self, prefix, codes, masked_only=True):
         """Predictions (N, K, M or L, P*P*3) in raster order for codes (N, K, D); without codes
         there is no K."""
-        tokens = prefix.tokens
-        for step in self._split()[1]:
+        first = 1 + prefix.n_visible if masked_only else 1
+        steps, tokens = self._split(first)[1], prefix.tokens
+        if not any(step.narrows for step in steps):  # codes enter behind the last block only
+            tokens = tokens[:, :, first:]
+        for step in steps:
             tokens = step.run(tokens, codes, prefix.positions)
-        if masked_only:
-            pred = self.decoder_pred(tokens[:, :, 1 + prefix.n_visible :])
-        else:
-            pred = pick(self.decoder_pred(tokens[:, :, 1:]), prefix.positions[:, 1:].argsort(dim=1))
+        pred = self.decoder_pred(tokens)
+        if not masked_only:
+            pred = pick(pred, prefix.positions[:, 1:].argsort(dim=1))
         return pred[:, 0] if codes is None else pred
 
     def forward(self, images, mask_noise, codes=None, mask_ratio=0.75, masked_only=False):
@@ -456,89 +480,6 @@ def parameter_groups(model, weight_decay):
             )
             group["params"].append(parameter)
     return list(groups.values())
-
-
-# -------------------------------------------------------------------------------------------------
-# Weights from elsewhere.
-
-
-def infer_config(state, **overrides):
-    """The ModelConfig of a state dict in facebookresearch/mae's layout, read off its shapes. What
-    they can't tell, the numbers of heads, comes from the preset that fits or from `overrides`."""
-    try:
-        dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-        length = state["pos_embed"].shape[1] - 1
-        decoder_dim = state["decoder_embed.weight"].shape[0]
-    except KeyError as error:
-        raise InputError(
-            f"not the weights of a masked autoencoder: there is no {error} in them"
-        ) from None
-    side = math.isqrt(length)
-    if side**2 != length and "image_size" not in overrides:
-        raise InputError(
-            f"these weights have {length} positions, not a square: give image_size=(height, width)"
-        )
-    sizes = {
-        "dim": dim,
-        "depth": count_blocks(state, "blocks"),
-        "decoder_dim": decoder_dim,
-        "decoder_depth": count_blocks(state, "decoder_blocks"),
-        "patch_size": patch_size,
-    }
-    fits = [
-        p for p in PRESETS.values() if all(getattr(p, name) == size for name, size in sizes.items())
-    ]
-    heads = (
-        {name: getattr(fits[0], name) for name in ("num_heads", "decoder_num_heads")}
-        if fits
-        else {}
-    )
-    known = {"image_size": (side * patch_size, side * patch_size), **sizes, **heads, **overrides}
-    if not {"num_heads", "decoder_num_heads"} <= known.keys():
-        shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise InputError(
-            f"no preset has these sizes ({shown}): give num_heads and decoder_num_heads"
-        )
-    return ModelConfig(**known)
-
-
-def count_blocks(state, name):
-    """How many blocks `name`.0, `name`.1, ... a state dict has."""
-    return len({key.split(".")[1] for key in state if key.startswith(f"{name}.")})
-
-
-def load_weights(model, state, grid):
-    """Copies a state dict in facebookresearch/mae's layout, or our own, into the model; position
-    embeddings, made for `grid`, are resampled to the model's. Injections are taken over where all
-    of them fit and else stay fresh; True if they were."""
-    own = model.state_dict()
-    state = dict(state)
-    for name in ("pos_embed", "decoder_pos_embed"):
-        if name in state and state[name].ndim == 3:
-            state[name] = resample_abs_pos_embed(state[name], list(model.config.grid), list(grid))
-    injected = {name for name in own if name.startswith("injections.")}
-    offered = {name: state.pop(name) for name in list(state) if name.startswith("injections.")}
-    fits = offered.keys() == injected and all(offered[n].shape == own[n].shape for n in injected)
-    expected = own.keys() - injected
-    wrong = [n for n in sorted(expected & state.keys()) if state[n].shape != own[n].shape]
-    missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
-    for names, what in (
-        (missing, "missing"),
-        (unexpected, "unexpected"),
-        (wrong, "of another shape"),
-    ):
-        if names:
-            first = names[0]
-            shapes = (
-                f": {tuple(state[first].shape)} instead of {tuple(own[first].shape)}"
-                if names is wrong
-                else ""
-            )
-            raise InputError(
-                f"weights do not fit the model: {len(names)} {what}, first {first}{shapes}"
-            )
-    model.load_state_dict({**state, **(offered if fits else {})}, strict=False)
-    return fits
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import Flags
 import IO
 import LinearProbe
 from Augmentation import normalize, transforms
-from Models import PRESETS, build, completions, parameter_groups, reconstruction_loss
+from Models import PRESETS, ModelConfig, build, completions, parameter_groups, reconstruction_loss
 from Utils import (
     RunError,
     Stopped,
@@ -36,11 +36,12 @@ from Utils import (
     mix_seeds,
     naming,
     random_uniform,
-    rank,
     run_command,
+    say,
     sum_over_processes,
     world_size,
 )
+from Weights import PUBLISHED
 
 # -------------------------------------------------------------------------------------------------
 # The algorithm.
@@ -318,7 +319,7 @@ class Validation:
         progress.validated = step
         self.record.log(step, progress.epoch, values)
         self.record.draw_curves()
-        IO.say(summary(step, values))
+        say(summary(step, values))
 
     def validate(self, model, step, with_codes):
         """The metrics and pictures of one validation."""
@@ -471,7 +472,7 @@ class Keeper:
             text += f"{values['sampling/end_losses']:.4f} best, "
             text += f"{values['sampling/codes_per_sec']:,.0f}/s"
         text += f"; {IO.duration(now - self.epoch_started)}, {IO.duration(left)} left"
-        IO.say(text)
+        say(text)
         self.epoch_started = now
         if self.save_iter > 0 and progress.epoch % self.save_iter == 0:
             self.save(progress, keep=True)
@@ -528,18 +529,15 @@ def make_validation(record, flags, images_tr, images_val, device, dtype):
 def make_model(flags, checkpoint):
     """The model that the flags ask for: with the checkpoint's weights, pretrained ones or fresh
     ones."""
-    config = Flags.model_config(flags)
     if checkpoint is not None:
-        model = build(config)
+        model = build(ModelConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
         return model
+    fields = Flags.model_fields(flags)
     if not flags.finetune:
-        return build(config)
-    weights = flags.mae_weights or from_first_process(
-        IO.published_weights(flags.arch) if rank() == 0 else None
-    )
-    with naming("--mae_weights"):
-        return IO.load_model(weights, **vars(config))
+        return build(ModelConfig(**fields))
+    with naming("--mae_weights" if flags.mae_weights else "--finetune 1"):
+        return IO.load_model(flags.mae_weights or PUBLISHED[flags.arch], **fields)
 
 
 def loop_options(flags, device, optimizer, scaler, train_dtype, dtype, epochs_left):
@@ -621,11 +619,9 @@ def run(flags, images_tr, images_val):
     schedule = (flags.epochs, flags.save_minutes, flags.save_iter)
     with record, StopSignal() as stop:
         keeper = Keeper(record, model, optimizer, scaler, stop, vars(flags), *schedule)
-        IO.say(
-            f"going on after step {progress.step} in {folder}" if checkpoint else f"new: {folder}"
-        )
+        say(f"going on after step {progress.step} in {folder}" if checkpoint else f"new: {folder}")
         train(model, loader, validation, keeper, progress, **options)
-    IO.say(f"done: {folder}")
+    say(f"done: {folder}")
 
 
 def start(flags):

@@ -9,10 +9,13 @@ import secrets
 import signal
 import sys
 import tempfile
+import threading
 from enum import IntEnum
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, as a signed 64-bit number
 
@@ -184,6 +187,31 @@ def join_processes(devices):
 
 
 # -------------------------------------------------------------------------------------------------
+# Lines for people, and files.
+
+
+def say(text):
+    """Prints a line on the first process, above any progress bar."""
+    if rank() == 0:
+        tqdm.write(str(text), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def write_atomically(path, content):
+    """Writes bytes, or what `content(file)` writes: all of it or, whatever happens, nothing."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            content(file) if callable(content) else file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------------------------
 # How a program starts and ends.
 
 
@@ -266,6 +294,7 @@ def launch(function, devices, *args):
 
 def run_child(function, said, *args):
     """One process of several; the first that fails says why, by creating the file `said`."""
+    tqdm.set_lock(threading.RLock())  # its own, of multiprocessing, would be leaked by the _exit
     try:
         run_command(lambda: function(*args), said)
     except SystemExit as ended:  # at once: torch's wrapper waits for its agent, which waits for it

@@ -7,8 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import IO  # noqa: E402 (the line above makes it importable)
+from IO import save_checkpoint  # noqa: E402 (the line above makes it importable)
 from Utils import InputError, run_command  # noqa: E402
+from Weights import read_checkpoint  # noqa: E402
 
 
 def main(argv=None):
@@ -22,12 +23,12 @@ def main(argv=None):
 
 def slim(source, out):
     """Writes the model of one of our checkpoints in float16."""
-    content = IO.read_checkpoint(source)
+    content = read_checkpoint(source)
     if not {"model", "config"} <= content.keys():
         raise InputError(f"{source} is no checkpoint of ours")
     weights = {name: tensor.half() for name, tensor in content["model"].items()}
     try:
-        IO.save_checkpoint(out, {"model": weights, "config": content["config"]})
+        save_checkpoint(out, {"model": weights, "config": content["config"]})
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror}") from None
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import IO
 import Models
+import Weights
 from Utils import InputError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -49,7 +50,7 @@ def state():
 def tiny_model(state, ip_spec=(), **options):
     torch.manual_seed(0)
     model = Models.build(dataclasses.replace(TINY, ip_spec=tuple(ip_spec), **options))
-    Models.load_weights(model, state, TINY.grid)
+    Weights.load_weights(model, state, TINY.grid)
     return model
 
 
@@ -175,7 +176,7 @@ def test_encode_gives_unmasked_tokens_and_follows_codes(golden, state):
     order = everything.positions.argsort(1)
     reference = tiny_model(state)
     for block in [*reference.blocks[2:], reference.norm]:
-        everything = everything._replace(tokens=Models.each_code(block, everything.tokens))
+        everything = everything._replace(tokens=Models.run_block(block, everything.tokens))
     expected = torch.take_along_dim(everything.tokens[:, 0], order[..., None], 1)
     torch.testing.assert_close(plain, expected, atol=1e-5, rtol=1e-5)
     codes = model.sample_codes(torch.arange(3), 1)[:, 0]
@@ -205,7 +206,7 @@ def test_completions_keep_visible_patches_and_undo_the_normalisation(golden, sta
 def test_weights_of_another_image_size_are_resampled(state):
     config = dataclasses.replace(TINY, image_size=(48, 32))
     model = Models.build(config)
-    Models.load_weights(model, state, (4, 4))
+    Weights.load_weights(model, state, (4, 4))
     pred, _ = model(torch.randn(2, 3, 48, 32), torch.rand(2, 24))
     assert pred.shape == (2, 24, 192) and pred.isfinite().all()
 
@@ -271,7 +272,7 @@ def test_a_truncated_or_flipped_checkpoint_is_refused(tmp_path, state):
     for damaged in (content[: len(content) // 2], bytes(flipped)):
         (tmp_path / "damaged.pt").write_bytes(damaged)
         with pytest.raises(InputError, match="damaged"):
-            IO.read_checkpoint(tmp_path / "damaged.pt")
+            Weights.read_checkpoint(tmp_path / "damaged.pt")
 
 
 def test_training_files_of_mae_which_hold_a_namespace_load(tmp_path, state):
