@@ -81,6 +81,11 @@ def duration(seconds):
     return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {seconds:02d} s"
 
 
+NORMALIZED = (  # in the captions of grids
+    " Predicted patches are normalised: shown with the true patches' means and deviations."
+)
+
+
 def picture_grid(cells, headers, caption, cell_height=96):
     """A captioned table of pictures: cells uint8 (rows, columns, 3, H, W), one header a column ->
     Pillow image."""

@@ -388,11 +388,7 @@ def caption(name, step, norm_pix_loss):
     """What a grid shows."""
     of = "training" if name.endswith("train") else "validation"
     text = f"Completions of {of} images after {step} gradient steps, visible patches pasted in."
-    if norm_pix_loss:
-        text += (
-            " Predicted patches are normalised: shown with the true patches' means and deviations."
-        )
-    return text
+    return text + IO.NORMALIZED if norm_pix_loss else text
 
 
 def summary(step, values):

@@ -83,6 +83,8 @@ def fetch(source, folder="mae_checkpoints"):
         if not path.exists():
             say(f"fetching {source} to {path}")
             with FileLock(path.with_name(f".{path.name}.lock")):
+                for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
+                    left.unlink()
                 if not path.exists():  # another process may have been faster
                     write_atomically(path, lambda file: download(source, file))
     except (OSError, ValueError, http.client.HTTPException, InputError) as error:
@@ -376,13 +378,17 @@ SIZES = (
 
 
 def check_sizes(config, wanted):
-    """Refuses weights of a ModelConfig for a model of another architecture."""
+    """Refuses weights of a ModelConfig for a model of another architecture, and an image size that
+    patches do not tile."""
     for name in SIZES:
         found, expected = getattr(config, name), getattr(wanted, name)
         if found != expected:
             arch = fitting_preset({name: getattr(config, name) for name in SIZES})
             hint = f"; they fit --arch {arch}" if arch else ""
             raise InputError(f"its {name} is {found}, expected was {expected}{hint}")
+    if any(side % wanted.patch_size for side in wanted.image_size):
+        shown = f"{wanted.image_size}: allowed are multiples of {wanted.patch_size}, its patch size"
+        raise InputError(f"image_size {shown}")
 
 
 def load_weights(model, state, grid):

@@ -1,0 +1,175 @@
+"""Completes pictures of your own: masks them and draws what a model makes of them, one column per
+code.
+
+python scripts/complete.py demo/imle_mnist.pt PICTURE [PICTURE ...] --codes 8 --out grid.png"""
+
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from Flags import SWITCH, Parser, real, whole  # noqa: E402 (the line above makes it importable)
+from IO import NORMALIZED, load_model, picture_grid  # noqa: E402
+from Models import completions  # noqa: E402
+from TrainIMLE import code_passes, prepare  # noqa: E402
+from Utils import (  # noqa: E402
+    InputError,
+    Stream,
+    autocast,
+    fastest_dtype,
+    mix_seeds,
+    run_command,
+)
+from Weights import SOURCES  # noqa: E402
+
+CODES_PER_PASS = 16
+MOSAIC = 4, 8  # rows and columns of a picture's mosaic
+
+
+def main(argv=None):
+    """Draws the grid, and with --mosaic a second picture beside it."""
+    parser = Parser(
+        description=__doc__.split("\n\n")[0],
+        usage="complete.py MODEL PICTURE [PICTURE ...] [flags]",
+    )
+    add = parser.add_argument
+    # fmt: off
+    add("model", metavar="MODEL", help=SOURCES)
+    add("pictures", nargs="+", metavar="PICTURE", help="image files of any size and mode")
+    add("--out", default="completions.png", metavar="FILE", help="the grid")
+    add("--codes", type=whole(1), default=8, metavar="N", help="completions per picture and mask")
+    add("--masks", type=whole(1), default=1, metavar="N", help="rows per picture")
+    add("--mask_ratio", type=real(0, 1), default=0.75, metavar="SHARE", help="of patches removed")
+    add("--mosaic", type=whole(0), default=0, metavar="CODES", help="also draw OUT_mosaic: of so "
+        f"many codes the {MOSAIC[0] * MOSAIC[1] - 2} whose completions differ most; 0: no mosaic")
+    add("--seed", type=whole(0, 2**31), default=0, metavar="N", help="of masks and codes")
+    add("--input_size", type=whole(1), nargs="+", metavar="PIXELS",
+        help="side, or height and width, as the network sees pictures; default: the model's")
+    add("--norm_pix_loss", **SWITCH, help="what MODEL predicts, where it does not tell: 1: "
+        "normalised patches, 0: pixels; default: what it tells, else 1")
+    # fmt: on
+    args = parser.parse_args(argv)
+    run_command(lambda: draw(args))
+
+
+@torch.no_grad()
+def draw(args):
+    """Writes the pictures that the flags ask for."""
+    out = Path(args.out).expanduser()
+    if out.suffix.lower() not in Image.registered_extensions() or not out.parent.is_dir():
+        raise InputError(f"--out {out}: allowed is a picture's name, as grid.png, in a folder")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    overrides = {}
+    if args.input_size:
+        if len(args.input_size) > 2:
+            raise InputError(f"--input_size {args.input_size}: allowed are one or two numbers")
+        overrides["image_size"] = tuple(args.input_size * 2)[:2]
+    if args.norm_pix_loss is not None:
+        overrides["norm_pix_loss"] = bool(args.norm_pix_loss)
+    pictures = [open_picture(path) for path in args.pictures]
+    model = load_model(args.model, **overrides).to(device).eval()
+    check_mask(model, args.mask_ratio)
+
+    height, width = model.config.image_size
+    fitted = [ImageOps.fit(picture, (width, height), Image.BICUBIC) for picture in pictures]
+    images = torch.stack([pil_to_tensor(picture) for picture in fitted])  # uint8 (n, 3, H, W)
+    number = torch.arange(len(images) * args.masks)
+    seeds = mix_seeds(args.seed, Stream.EVALUATION, number // args.masks, number % args.masks)
+    rows, mosaics = [], []
+    with autocast(device, fastest_dtype(device)):
+        for i, seed in enumerate(seeds):
+            image, noise, seed = prepare(model, images[i // args.masks, None], seed[None])
+            codes = model.sample_codes(seed, args.codes) if model.code_dim else None
+            rows.append(completions(model, image, noise, codes, args.mask_ratio))
+            if args.mosaic and i % args.masks == 0:
+                chosen = most_different_codes(model, image, noise, seed, args)
+                cells = completions(model, image, noise, chosen, args.mask_ratio)
+                mosaics.append(tiles(cells))
+
+    n_codes = rows[0].shape[1] - 2
+    names = [f"code {k + 1}" for k in range(n_codes)] if model.code_dim else ["completion"]
+    about = f"Completions by {args.model}, {args.mask_ratio:.0%} of the patches masked."
+    about += NORMALIZED if model.config.norm_pix_loss else ""
+    save(picture_grid(torch.cat(rows).cpu(), ["image", "masked", *names], about), out)
+    if mosaics:
+        about = f"The completions that differ most, of {args.mosaic} codes. {about}"
+        headers = ["image", "masked", *[""] * (MOSAIC[1] - 2)]
+        mosaic = picture_grid(torch.cat(mosaics).cpu(), headers, about)
+        save(mosaic, out.with_name(f"{out.stem}_mosaic{out.suffix}"))
+
+
+def open_picture(path):
+    """A picture of any mode as Pillow's RGB, the right way up, transparent parts on white."""
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith(("I", "F")):  # 16 bits, or numbers of any range
+                low, high = picture.getextrema()
+                high = 65535 if picture.mode.startswith("I;16") else high
+                low = 0 if picture.mode.startswith("I;16") else low
+                scale = 255 / max(high - low, 1e-9)
+                picture = picture.convert("F").point(lambda x: x * scale + -low * scale)
+                return picture.convert("L").convert("RGB")
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture)
+            return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read the picture {path}: {error}") from None
+
+
+def check_mask(model, mask_ratio):
+    """Refuses a mask ratio that leaves nothing to see or to complete."""
+    n_patches = model.config.grid[0] * model.config.grid[1]
+    if not 0 < int(n_patches * (1 - mask_ratio)) < n_patches:
+        shown = f"of {n_patches} patches some must be masked, some visible"
+        raise InputError(f"--mask_ratio {mask_ratio}: {shown}")
+
+
+def most_different_codes(model, image, noise, seed, args):
+    """Of --mosaic codes for one picture those whose completions differ most: (1, k, D); None for a
+    model without codes."""
+    if not model.code_dim:
+        raise InputError(f"--mosaic: {args.model} has no codes; it completes in one way only")
+    prefix = model.prefix(image, noise, args.mask_ratio)
+    passes = code_passes(model, prefix, image, seed, args.mosaic, CODES_PER_PASS)
+    codes, preds = zip(*((codes, pred.float()) for codes, pred, _ in passes), strict=True)
+    chosen = most_different(torch.cat(preds, dim=1)[0].flatten(1), MOSAIC[0] * MOSAIC[1] - 2)
+    return torch.cat(codes, dim=1)[:, chosen]
+
+
+def most_different(points, k):
+    """Indices of at most k of the points (n, d): first the one nearest to their mean, then always
+    the one farthest from all before (Gonzalez 1985)."""
+    distances = torch.cdist(points, points)
+    chosen = [int((points - points.mean(0)).norm(dim=1).argmin())]
+    while len(chosen) < min(k, len(points)):
+        chosen.append(int(distances[:, chosen].min(1).values.argmax()))
+    return chosen
+
+
+def tiles(cells):
+    """Pictures (1, n, 3, H, W) as rows of a mosaic (rows, columns, 3, H, W), white behind them."""
+    n_rows, n_columns = MOSAIC
+    n_rows = min(n_rows, -(-cells.shape[1] // n_columns))
+    mosaic = cells.new_full((n_rows * n_columns, *cells.shape[2:]), 255)
+    mosaic[: cells.shape[1]] = cells[0]
+    return mosaic.unflatten(0, (n_rows, n_columns))
+
+
+def save(picture, path):
+    """Writes a picture and says where."""
+    try:
+        picture.save(path)
+    except OSError as error:
+        raise InputError(f"--out: cannot write {path}: {error.strerror or error}") from None
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

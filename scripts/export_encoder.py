@@ -1,0 +1,55 @@
+"""Writes a model's encoder, without codes, as timm's VisionTransformer loads it, and shows how."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import safetensors.torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from IO import load_model  # noqa: E402 (the line above makes it importable)
+from Utils import InputError, run_command, write_atomically  # noqa: E402
+from Weights import SOURCES  # noqa: E402
+
+ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+
+
+def main(argv=None):
+    """python scripts/export_encoder.py MODEL OUT.safetensors"""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help=SOURCES)
+    parser.add_argument("out", metavar="OUT.safetensors")
+    args = parser.parse_args(argv)
+    run_command(lambda: export(args.model, args.out))
+
+
+def export(source, out):
+    """Writes the encoder's tensors, whose names are timm's, and prints the lines that load them."""
+    model = load_model(source)
+    state = {k: v.contiguous() for k, v in model.state_dict().items() if k.startswith(ENCODER)}
+    try:
+        write_atomically(out, safetensors.torch.save(state, {"format": "pt"}))
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror}") from None
+    print(usage(model.config, out))
+
+
+def usage(config, out):
+    """The lines of Python that load the encoder; they end in features (N, 1+L, C)."""
+    c = config
+    arguments = f"img_size={tuple(c.image_size)}, patch_size={c.patch_size}, embed_dim={c.dim}, "
+    arguments += f"depth={c.depth}, num_heads={c.num_heads}, num_classes=0"
+    if c.norm_eps != 1e-6:
+        arguments += f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={c.norm_eps})"
+    return "\n".join(
+        [
+            f"encoder = timm.models.VisionTransformer({arguments})",
+            f"timm.models.load_checkpoint(encoder, {str(out)!r})",
+            "features = encoder.forward_features(images)  # normalised by ImageNet's mean and std",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
