@@ -55,7 +55,8 @@ def load_model(source, **overrides):
         model = build(wanted)
         fresh = load_weights(model, state, config.grid)
     except InputError as error:
-        raise InputError(f"{source}: {error}") from None
+        named = "" if str(path) in str(error) else f"{source}: "
+        raise InputError(f"{named}{error}") from None
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         raise InputError(f"{source} does not hold a model ({type(error).__name__})") from None
     for part in fresh:

@@ -154,6 +154,68 @@ def test_patches_become_the_image_again():
     assert torch.equal(Models.unpatchify(patches, (2, 3)), images)
 
 
+@pytest.mark.parametrize("place, blocks_once", [(0, 1), (2, 3), ("mask", 3), (3, 4), (4, 5)])
+def test_what_comes_before_the_first_injection_runs_once_per_image(
+    golden, state, place, blocks_once
+):
+    model, seen = tiny_model(state, [(place, "adain")]), []
+    for number, block in enumerate([*model.blocks, *model.decoder_blocks]):
+        hook = lambda module, args, number=number: seen.append((number, len(args[0])))  # noqa: E731
+        block.norm1.register_forward_pre_hook(hook)
+    prefix = model.prefix(golden["imgs"], golden["noise"])
+    assert seen == [(number, 3) for number in range(blocks_once)]
+    seen.clear()
+    model.suffix(prefix, model.sample_codes(torch.arange(3), 4))
+    assert seen == [(number, 12) for number in range(blocks_once, 5)]
+
+
+@pytest.mark.parametrize("ip_spec", [[], *PLACES], ids=str)
+def test_the_last_decoder_block_and_the_head_compute_masked_positions_only(golden, state, ip_spec):
+    model, rows = tiny_model(state, ip_spec), {}
+    last = model.decoder_blocks[-1]
+    for name, module in (("mlp", last.mlp), ("head", model.decoder_pred)):
+        hook = lambda module, args, name=name: rows.__setitem__(name, args[0].shape[-2])  # noqa: E731
+        module.register_forward_pre_hook(hook)
+    codes = model.sample_codes(torch.arange(3), 2) if ip_spec else None
+    pred, mask = model(golden["imgs"], golden["noise"], codes, masked_only=True)
+    # An injection behind the last block leaves that block to the prefix, once per image.
+    assert rows == {"mlp": 17 if ip_spec and ip_spec[0][0] == 4 else 12, "head": 12}
+    full, _ = model(golden["imgs"], golden["noise"], codes)
+    removed = mask.bool()
+    for n in range(3):
+        expected = full[n][..., removed[n], :]
+        torch.testing.assert_close(pred[n], expected, atol=1e-5, rtol=1e-5)
+    gradients = []
+    for masked_only in (True, False):
+        model.zero_grad()
+        pred, mask = model(golden["imgs"], golden["noise"], codes, masked_only=masked_only)
+        Models.reconstruction_loss(pred, golden["imgs"], mask).sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_a_method_of_injection_is_one_class_and_one_line(golden, state, monkeypatch):
+    class Shift(torch.nn.Module):
+        after_norm = False
+
+        def __init__(self, config, channels, n_positions):
+            super().__init__()
+            self.code_dim = 5
+            self.out = torch.nn.Linear(5, channels)
+
+        def forward(self, tokens, codes, positions):
+            return tokens + self.out(codes)[:, :, None]
+
+    monkeypatch.setitem(Models.INJECTIONS, "shift", Shift)
+    for place in (1, "mask", 4):
+        model = tiny_model(state, [(place, "shift")])
+        assert model.code_dim == 5
+        codes = model.sample_codes(torch.arange(3), 2)
+        pred, _ = model(golden["imgs"], golden["noise"], codes)
+        assert pred.std(1).mean() > 1e-4
+
+
 def test_codes_are_a_pure_function_of_the_image_seed(state):
     model = tiny_model(state, SEVERAL)
     seeds = torch.tensor([3, 8, 3])
