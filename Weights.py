@@ -24,7 +24,14 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from tqdm import tqdm
 
-from Models import PRESETS, ModelConfig, build, sincos_position_embedding
+from Models import (
+    ACTIVATIONS,
+    INJECTIONS,
+    PRESETS,
+    ModelConfig,
+    build,
+    sincos_position_embedding,
+)
 from Utils import InputError, say, write_atomically
 
 MAE_ADDRESS = "https://dl.fbaipublicfiles.com/mae/"
@@ -52,12 +59,13 @@ def load_model(source, **overrides):
         config = infer_config(state, told, overrides)
         wanted = dataclasses.replace(config, **overrides)
         check_sizes(config, wanted)
+        check_config(wanted)
         model = build(wanted)
         fresh = load_weights(model, state, config.grid)
     except InputError as error:
         named = "" if str(path) in str(error) else f"{source}: "
-        raise InputError(f"{named}{error}") from None
-    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        raise InputError(f"{named}{error}".replace("\n", " ")) from None
+    except Exception as error:  # whatever a file that is no model makes its reader raise
         raise InputError(f"{source} does not hold a model ({type(error).__name__})") from None
     for part in fresh:
         say(f"warning: the {part} starts fresh: {source} has none that fits")
@@ -78,7 +86,10 @@ def fetch(source, folder="mae_checkpoints"):
         return fetch_from_hub(source)
     if not source.startswith(("https://", "http://", "gdrive:")):
         return source
-    path = Path(folder) / cached_name(source)
+    try:
+        path = Path(folder) / cached_name(source)
+    except ValueError as error:
+        raise InputError(f"{source} is no address ({error})") from None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
@@ -200,7 +211,9 @@ def read_checkpoint(path, mmap=False):
     except pickle.UnpicklingError:
         reason = "it holds more than tensors and plain data, or is no checkpoint"
         raise InputError(f"{path} was refused: {reason}") from None
-    except (RuntimeError, OSError, EOFError, LookupError, ValueError, zipfile.BadZipFile) as error:
+    except InputError:
+        raise
+    except Exception as error:  # whatever a foreign file makes torch's and zipfile's readers raise
         reason = f" ({type(error).__name__})"
         raise InputError(f"{path} is damaged, or no checkpoint{reason}") from None
     if not isinstance(content, dict):
@@ -227,8 +240,14 @@ def read_state(path):
         path = found[0]
     content = read_safetensors(path) if is_safetensors(path) else read_checkpoint(path, mmap=True)
     state = content.get("model", content)
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in state.items()
+    ):
+        raise InputError(f"{path} holds no state dict, of tensors by their names")
     if "config" in content:
-        return state, dict(content["config"])
+        if not isinstance(content["config"], dict):
+            raise InputError(f"{path} is damaged: its config is no dict")
+        return state, content["config"]
     if any(name.endswith("embeddings.cls_token") for name in state):
         return from_hugging_face(state), hugging_face_options(path.with_name("config.json"))
     return state, {"norm_pix_loss": False} if "visualize" in path.name else {}
@@ -288,7 +307,7 @@ def hugging_face_options(path):
     except ValueError:
         raise InputError(f"{path} is no JSON") from None
     if config.get("hidden_act", "gelu") != "gelu":
-        raise InputError(f"{path}: hidden_act {config['hidden_act']}; allowed is gelu")
+        raise InputError(f"{path}: hidden_act {config['hidden_act']!r}; allowed is gelu")
     names = {
         "num_attention_heads": "num_heads",
         "decoder_num_attention_heads": "decoder_num_heads",
@@ -379,17 +398,44 @@ SIZES = (
 
 
 def check_sizes(config, wanted):
-    """Refuses weights of a ModelConfig for a model of another architecture, and an image size that
-    patches do not tile."""
+    """Refuses weights of a ModelConfig for a model of another architecture."""
     for name in SIZES:
         found, expected = getattr(config, name), getattr(wanted, name)
         if found != expected:
             arch = fitting_preset({name: getattr(config, name) for name in SIZES})
             hint = f"; they fit --arch {arch}" if arch else ""
             raise InputError(f"its {name} is {found}, expected was {expected}{hint}")
-    if any(side % wanted.patch_size for side in wanted.image_size):
-        shown = f"{wanted.image_size}: allowed are multiples of {wanted.patch_size}, its patch size"
-        raise InputError(f"image_size {shown}")
+
+
+def check_config(config):
+    """Refuses a ModelConfig, which a file may have brought, with values that no model can have."""
+    c = config
+    numbers = (*SIZES, "latent_dim", "mapping_net_layers", "mapping_net_h_dim")
+    size = c.image_size
+    allowed = {
+        **{name: type(getattr(c, name)) is int and getattr(c, name) > 0 for name in numbers},
+        "image_size": len(size) == 2 and all(type(n) is int and n > 0 for n in size),
+        "norm_eps": type(c.norm_eps) is float and 0 < c.norm_eps < 1,
+        "norm_pix_loss": type(c.norm_pix_loss) is bool,
+        "mapping_net_lrmul": 0 < c.mapping_net_lrmul < math.inf,
+        "act_type": c.act_type in ACTIVATIONS,
+        "adain_init": c.adain_init in ("original", "identity"),
+        "ip_spec": all(
+            (place == "mask" or (type(place) is int and 0 <= place < c.depth + c.decoder_depth))
+            and method in INJECTIONS
+            for place, method in c.ip_spec
+        ),
+    }
+    for name, is_allowed in allowed.items():
+        if not is_allowed:
+            raise InputError(f"its {name} can't be {getattr(c, name)!r}")
+    for name, heads in (("dim", "num_heads"), ("decoder_dim", "decoder_num_heads")):
+        if getattr(c, name) % getattr(c, heads):
+            shown = f"{name} {getattr(c, name)} is no multiple of its {heads} {getattr(c, heads)}"
+            raise InputError(f"its {shown}")
+    if any(side % c.patch_size for side in size):
+        shown = f"allowed are multiples of {c.patch_size}, its patch size"
+        raise InputError(f"image_size {tuple(size)}: {shown}")
 
 
 def load_weights(model, state, grid):
@@ -413,6 +459,9 @@ def load_weights(model, state, grid):
     expected = own.keys() - set().union(*fresh.values())
     missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
     wrong = [n for n in sorted(expected & state.keys()) if state[n].shape != own[n].shape]
+    numbers = [n for n in sorted(expected & state.keys()) if not state[n].is_floating_point()]
+    if numbers:
+        raise InputError(f"does not fit: {numbers[0]} holds {state[numbers[0]].dtype}")
     for names, what in ((missing, "missing"), (unexpected, "unexpected"), (wrong, "misshapen")):
         if names:
             shapes = [tuple(named[names[0]].shape) for named in (state, own) if names is wrong]

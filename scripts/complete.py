@@ -6,6 +6,7 @@ python scripts/complete.py demo/imle_mnist.pt PICTURE [PICTURE ...] --codes 8 --
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -60,7 +61,8 @@ def main(argv=None):
 def draw(args):
     """Writes the pictures that the flags ask for."""
     out = Path(args.out).expanduser()
-    if out.suffix.lower() not in Image.registered_extensions() or not out.parent.is_dir():
+    file_format = Image.registered_extensions().get(out.suffix.lower())
+    if file_format not in Image.SAVE or not out.parent.is_dir():
         raise InputError(f"--out {out}: allowed is a picture's name, as grid.png, in a folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     overrides = {}
@@ -108,12 +110,12 @@ def open_picture(path):
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
             if picture.mode.startswith(("I", "F")):  # 16 bits, or numbers of any range
-                low, high = picture.getextrema()
-                high = 65535 if picture.mode.startswith("I;16") else high
-                low = 0 if picture.mode.startswith("I;16") else low
-                scale = 255 / max(high - low, 1e-9)
-                picture = picture.convert("F").point(lambda x: x * scale + -low * scale)
-                return picture.convert("L").convert("RGB")
+                numbers = np.asarray(picture.convert("F"))
+                low, high = (0, 65535) if "16" in picture.mode else (numbers.min(), numbers.max())
+                if not np.isfinite(numbers).all():
+                    raise ValueError("it holds numbers that are not finite")
+                gray = (numbers - low) * (255 / max(high - low, 1e-9))
+                return Image.fromarray(gray.round().astype(np.uint8)).convert("RGB")
             if picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 white = Image.new("RGBA", picture.size, "white")
@@ -166,8 +168,8 @@ def save(picture, path):
     """Writes a picture and says where."""
     try:
         picture.save(path)
-    except OSError as error:
-        raise InputError(f"--out: cannot write {path}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"--out: cannot write {path}: {error}") from None
     print(path)
 
 

@@ -30,8 +30,8 @@ def export(source, out):
     state = {k: v.contiguous() for k, v in model.state_dict().items() if k.startswith(ENCODER)}
     try:
         write_atomically(out, safetensors.torch.save(state, {"format": "pt"}))
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write {out}: {error}") from None
     print(usage(model.config, out))
 
 

@@ -96,7 +96,7 @@ def test_the_options_of_hugging_face_are_taken_from_its_config(tmp_path, hf_stat
     model = IO.load_model(tmp_path)
     assert model.config.norm_eps == model.norm.eps == model.blocks[0].norm1.eps == 1e-12
     assert not model.config.norm_pix_loss and model.config.num_heads == 6
-    for damage, message in ((b"{", "no JSON"), (b'{"hidden_act": "relu"}', "hidden_act relu")):
+    for damage, message in ((b"{", "no JSON"), (b'{"hidden_act": "relu"}', "hidden_act 'relu'")):
         (tmp_path / "config.json").write_bytes(damage)
         with pytest.raises(InputError, match=message):
             IO.load_model(tmp_path)
@@ -183,17 +183,27 @@ class Canary:
         (lambda state: {"model": {**state, "norm.weight": torch.zeros(3)}}, "misshapen"),
         (lambda state: {"model": state, "config": {"depth": 10**9}}, "depth is 3, but 1000000000"),
         (lambda state: {"model": state, "config": {"colour": "red"}}, "does not hold a model"),
-        (
-            lambda state: {"model": state, "config": {"ip_spec": [["a", "b"]]}},
-            "does not hold",
-        ),
+        (lambda state: {"model": state, "config": {"ip_spec": [["a", "b"]]}}, "ip_spec can't"),
+        (lambda state: {"model": state, "config": {"ip_spec": [[99, "adain"]]}}, "ip_spec can't"),
+        (lambda state: {"model": state, "config": {"norm_eps": "x"}}, "norm_eps can't be 'x'"),
+        (lambda state: {"model": state, "config": {"num_heads": 0}}, "num_heads can't be 0"),
+        (lambda state: {"model": state, "config": {"num_heads": 5}}, "no multiple of its num_h"),
+        (lambda state: {"model": state, "config": {"image_size": (8, 8, 8)}}, "image_size can't"),
+        (lambda state: {"model": state, "config": [["depth", 4]]}, "config is no dict"),
+        (lambda state: {"model": 3}, "no state dict"),
+        (lambda state: {"model": {1: torch.zeros(2)}}, "no state dict"),
+        (lambda state: {"model": {k: v.long() for k, v in state.items()}}, "holds torch.int64"),
+        (lambda state: {"model": {k: state[k] for k in state if "blocks" not in k}}, "depth can't"),
+        (lambda state: {"model": {**state, "pos_embed": torch.zeros(1, 5, 7)}}, "hold a model"),
     ],
 )
 def test_foreign_damaged_and_hostile_weights_are_refused(
     state, content, message, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    content = content(state)
+    content, heads = content(state), HEADS
+    if isinstance(content, dict) and isinstance(content.get("config"), dict):
+        content["config"], heads = {**HEADS, **content["config"]}, {}
     path = tmp_path / "weights.pth"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -202,7 +212,7 @@ def test_foreign_damaged_and_hostile_weights_are_refused(
     else:
         torch.save(content, path)
     with pytest.raises(InputError, match=message) as caught:
-        IO.load_model(path, **HEADS)
+        IO.load_model(path, **heads)
     assert str(caught.value).count(str(path)) == 1 and "\n" not in str(caught.value)
     assert not (tmp_path / "canary").exists()
 
@@ -293,11 +303,13 @@ def test_an_address_is_fetched_once_even_by_several_at_once(tmp_path, monkeypatc
             Weights.fetch(f"{address}/b/model.pth")
 
 
-@pytest.mark.parametrize("kind", ["cut", "page", "missing", "gone"])
+@pytest.mark.parametrize("kind", ["cut", "page", "three", "missing", "gone"])
 def test_what_is_not_whole_is_not_kept(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     content = (GOLDEN / "mae_tiny.pth").read_bytes()
+    torch.save({"model": 3}, "three")
     files = {"/cut": (content[:-1000], len(content)), "/page": b"<html>Sign in</html>"}
+    files["/three"] = Path("three").read_bytes()
     with server(files) as (address, _):
         address = "http://127.0.0.1:9" if kind == "gone" else address
         with pytest.raises(InputError, match="could not fetch .*; fetch it elsewhere") as caught:
@@ -409,6 +421,8 @@ def pictures(tmp_path_factory):
     gray.convert("P").save(folder / "palette.gif")
     gray.convert("RGB").convert("CMYK").save(folder / "cmyk.tiff")
     Image.fromarray(ramp.astype(np.uint16) * 257).save(folder / "sixteen.png")
+    big_endian = (ramp.astype(">u2") * 257).astype(">u2")
+    Image.frombytes("I;16B", (60, 40), big_endian.tobytes()).save(folder / "big_endian.tiff")
     Image.fromarray(ramp.astype(np.float32) / 255).save(folder / "float.tiff")
     transparent = Image.new("RGBA", (60, 40), (255, 0, 0, 0))
     transparent.putalpha(Image.fromarray(255 - ramp))
@@ -458,6 +472,7 @@ def test_a_plain_mae_completes_in_one_way(tmp_path, pictures):
         (["demo/imle_mnist.pt", "README.md"], "README.md"),
         (["demo/imle_mnist.pt", "demo/completions.png", "--out", "no/where.png"], "--out"),
         (["demo/imle_mnist.pt", "demo/completions.png", "--out", "grid.text"], "--out"),
+        (["demo/imle_mnist.pt", "demo/completions.png", "--out", "grid.psd"], "--out"),
         (["demo/imle_mnist.pt", "demo/completions.png", "--mask_ratio", "1"], "--mask_ratio"),
         (["tests/golden/hf_vitmae_tiny", "demo/completions.png", "--mosaic", "9"], "--mosaic"),
         (["demo/imle_mnist.pt", "demo/completions.png", "--input_size", "30"], "multiples of 4"),
