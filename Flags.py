@@ -287,10 +287,7 @@ def check_flags(flags, patch_size):
     if len(flags.input_size) != 2 or any(side % patch_size for side in flags.input_size):
         wanted = f"one or two multiples of {patch_size}, the patch size of --arch {flags.arch}"
         raise InputError(f"--input_size {size}: allowed are {wanted}")
-    n_patches = math.prod(flags.input_size) // patch_size**2
-    if not 0 < int(n_patches * (1 - flags.mask_ratio)) < n_patches:
-        shown = f"of {n_patches} patches some must be masked, some visible"
-        raise InputError(f"--mask_ratio {flags.mask_ratio}: {shown}")
+    check_mask_ratio(flags.mask_ratio, math.prod(flags.input_size) // patch_size**2)
     if flags.ipe * flags.mini_bs < flags.ex_per_epoch:
         raise InputError(
             f"--ipe {flags.ipe}: so many steps of --mini_bs {flags.mini_bs} images do not see "
@@ -320,6 +317,13 @@ def check_flags(flags, patch_size):
             f"{', '.join(PUBLISHED)}); name others with --mae_weights, "
             "or train from scratch with --finetune 0"
         )
+
+
+def check_mask_ratio(mask_ratio, n_patches):
+    """Refuses a mask ratio that leaves nothing to see or to complete."""
+    if not 0 < int(n_patches * (1 - mask_ratio)) < n_patches:
+        shown = f"of {n_patches} patches some must be masked, some visible"
+        raise InputError(f"--mask_ratio {mask_ratio}: {shown}")
 
 
 def resolve_shared_flags(flags):

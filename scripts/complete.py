@@ -3,6 +3,7 @@ code.
 
 python scripts/complete.py demo/imle_mnist.pt PICTURE [PICTURE ...] --codes 8 --out grid.png"""
 
+import math
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from Flags import SWITCH, Parser, real, whole  # noqa: E402 (the line above makes it importable)
+from Flags import SWITCH, Parser, check_mask_ratio, real, whole  # noqa: E402 (the line above makes it importable)
 from IO import NORMALIZED, load_model, picture_grid  # noqa: E402
 from Models import completions  # noqa: E402
 from TrainIMLE import code_passes, prepare  # noqa: E402
@@ -74,7 +75,7 @@ def draw(args):
         overrides["norm_pix_loss"] = bool(args.norm_pix_loss)
     pictures = [open_picture(path) for path in args.pictures]
     model = load_model(args.model, **overrides).to(device).eval()
-    check_mask(model, args.mask_ratio)
+    check_mask_ratio(args.mask_ratio, math.prod(model.config.grid))
 
     height, width = model.config.image_size
     fitted = [ImageOps.fit(picture, (width, height), Image.BICUBIC) for picture in pictures]
@@ -123,14 +124,6 @@ def open_picture(path):
             return picture.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read the picture {path}: {error}") from None
-
-
-def check_mask(model, mask_ratio):
-    """Refuses a mask ratio that leaves nothing to see or to complete."""
-    n_patches = model.config.grid[0] * model.config.grid[1]
-    if not 0 < int(n_patches * (1 - mask_ratio)) < n_patches:
-        shown = f"of {n_patches} patches some must be masked, some visible"
-        raise InputError(f"--mask_ratio {mask_ratio}: {shown}")
 
 
 def most_different_codes(model, image, noise, seed, args):
