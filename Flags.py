@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from Models import ACTIVATIONS, INJECTIONS, PRESETS
+from Models import ACTIVATIONS, DECODERS, INJECTIONS, PRESETS
 from Utils import InputError, say
 from Weights import PUBLISHED, SOURCES, read_checkpoint
 
@@ -157,7 +157,12 @@ def training_parser():
     add("--act_type", choices=ACTIVATIONS, default="leakyrelu", help="its activation")
     add("--adain_init", choices=("original", "identity"), default="original",
         help="identity: an injection changes nothing at first, and learns faster")
+    add("--decoder", choices=DECODERS, default="self",
+        help="self: MAE's, patches attend to each other; cross: masked ones to visible ones only")
     add("--mask_ratio", type=real(0, 1), default=0.75, metavar="SHARE", help="of patches removed")
+    add("--predict_ratio", type=real(0, 1), metavar="SHARE",
+        help="of all patches, masked ones, predicted in training (not in validation); default: "
+        "with --decoder cross .25, else all masked ones")
     add("--norm_pix_loss", **SWITCH,
         help="1: predict patches normalised one by one; 0: pixels; default: 1, for vit_base_vis 0")
     add("--input_size", type=whole(1), nargs="+", default=[224], metavar="PIXELS",
@@ -179,6 +184,13 @@ def training_parser():
     add("--ns", type=whole(1), default=128, metavar="CODES", help="tried per image")
     add("--code_bs", type=whole(1), default=32, metavar="IMAGES", help="per sampling pass")
     add("--sp", type=whole(1), default=64, metavar="CODES", help="per image and sampling pass")
+    add("--sampler", choices=("exhaustive", "surrogate"), default="exhaustive",
+        help="exhaustive: try all --ns codes; surrogate: try --tries of them, most of which a "
+        "regression on those tried before takes for the best")
+    add("--tries", type=whole(1, also=-1), default=-1, metavar="CODES",
+        help="per image, with --sampler surrogate; -1: a fifth of --ns")
+    add("--rs_epsilon", type=real(0), default=0.0, metavar="LOSS",
+        help="RS-IMLE: a code nearer than this is chosen only where all are; 0: off")
     add("--shuffle_data", **SWITCH, default=1, help="1: pools and minibatches in random order")
     add("--fix_mask_noise", **SWITCH, default=0, help="1: an image has the same mask in all epochs")
     add("--fp16", action=argparse.BooleanOptionalAction, default=True,
@@ -267,6 +279,10 @@ def resolve_flags(args):
         flags.norm_pix_loss = int(preset.norm_pix_loss)
     if args.mapping_net_lrmul is None:
         flags.mapping_net_lrmul = 1.0 if args.adain_init == "identity" else 0.01
+    if args.predict_ratio is None:
+        flags.predict_ratio = 0.25 if args.decoder == "cross" else 1.0
+    if args.tries == -1 and args.sampler == "surrogate":
+        flags.tries = max(1, args.ns // 5)
     pairs = [] if args.ignore_z else parse_ip_spec(args.ip_spec, preset)
     flags.ip_spec = [str(word) for pair in pairs for word in pair]
     flags.lr_z = args.lr if args.lr_z == -1 else args.lr_z
@@ -287,7 +303,15 @@ def check_flags(flags, patch_size):
     if len(flags.input_size) != 2 or any(side % patch_size for side in flags.input_size):
         wanted = f"one or two multiples of {patch_size}, the patch size of --arch {flags.arch}"
         raise InputError(f"--input_size {size}: allowed are {wanted}")
-    check_mask_ratio(flags.mask_ratio, math.prod(flags.input_size) // patch_size**2)
+    n_patches = math.prod(flags.input_size) // patch_size**2
+    check_mask_ratio(flags.mask_ratio, n_patches)
+    check_sampling(flags)
+    if flags.predict_ratio < 1 and flags.decoder == "self":
+        shown = "with --decoder self all masked patches are predicted; use --decoder cross"
+        raise InputError(f"--predict_ratio {flags.predict_ratio}: {shown}")
+    if round(flags.predict_ratio * n_patches) < 1:
+        shown = f"of {n_patches} patches at least one must be predicted"
+        raise InputError(f"--predict_ratio {flags.predict_ratio}: {shown}")
     if flags.ipe * flags.mini_bs < flags.ex_per_epoch:
         raise InputError(
             f"--ipe {flags.ipe}: so many steps of --mini_bs {flags.mini_bs} images do not see "
@@ -311,12 +335,27 @@ def check_flags(flags, patch_size):
     if flags.mae_weights and not flags.finetune:
         shown = "--finetune 0 starts from scratch; use --finetune 1, or no weights"
         raise InputError(f"--mae_weights: {shown}")
+    if flags.finetune and not flags.mae_weights and flags.decoder != "self":
+        shown = f"the published weights have no --decoder {flags.decoder}"
+        raise InputError(f"--finetune 1: {shown}; name others with --mae_weights, or --finetune 0")
     if flags.finetune and not flags.mae_weights and flags.arch not in PUBLISHED:
         raise InputError(
             f"--finetune 1: no weights are published for --arch {flags.arch} (but for "
             f"{', '.join(PUBLISHED)}); name others with --mae_weights, "
             "or train from scratch with --finetune 0"
         )
+
+
+def check_sampling(flags):
+    """Refuses what makes no sense for the choice of codes."""
+    if flags.ignore_z:
+        given = {"sampler": flags.sampler != "exhaustive", "rs_epsilon": flags.rs_epsilon > 0}
+        for name in (name for name, is_given in given.items() if is_given):
+            raise InputError(f"--{name}: with --ignore_z 1 no codes are chosen; leave it out")
+    if flags.sampler == "exhaustive" and flags.tries != -1:
+        raise InputError(f"--tries {flags.tries}: needs --sampler surrogate, else leave it out")
+    if flags.tries > flags.ns:
+        raise InputError(f"--tries {flags.tries}: allowed are 1 to --ns {flags.ns}, or -1")
 
 
 def check_mask_ratio(mask_ratio, n_patches):

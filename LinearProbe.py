@@ -11,10 +11,10 @@ import Data
 import Flags
 import IO
 from Augmentation import normalize, transforms
+from Models import in_precision
 from Utils import (
     InputError,
     Stream,
-    autocast,
     choose_dtype,
     join_processes,
     launch,
@@ -93,17 +93,16 @@ def nearest_neighbors(features, labels, features_test, labels_test, k=20, temper
 
 @torch.no_grad()
 def extract_features(
-    model, loader, indices, seeds, *, device, dtype, batch_size, global_pool=True, ignore_codes=True
+    model, loader, indices, seeds, *, device, batch_size, global_pool=True, ignore_codes=True
 ):
     """The encoder's features (n, C) float32 of images indices (n,), cropped by seeds (n,): the mean
     of the patch tokens, or the class token. Every process computes its share and gets all."""
     features = torch.zeros(len(indices), model.config.dim, device=device)
     chunks = loader.chunks(indices, seeds, batch_size)
-    with autocast(device, dtype):
-        for rows, images in IO.watch(chunks, "probe features", len(indices)):
-            codes = None if ignore_codes else model.sample_codes(seeds[rows].to(device), 1)[:, 0]
-            tokens = model.encode(normalize(images.to(device, non_blocking=True)), codes)
-            features[rows] = (tokens[:, 1:].mean(1) if global_pool else tokens[:, 0]).float()
+    for rows, images in IO.watch(chunks, "probe features", len(indices)):
+        codes = None if ignore_codes else model.sample_codes(seeds[rows].to(device), 1)[:, 0]
+        tokens = model.encode(normalize(images.to(device, non_blocking=True)), codes).float()
+        features[rows] = tokens[:, 1:].mean(1) if global_pool else tokens[:, 0]
     sum_over_processes(features)
     return features
 
@@ -126,7 +125,7 @@ class FastProbe:
         seed,
         **options,
     ):
-        """n_way and n_shot are maxima; options: `device`, `dtype`, `batch_size`, `global_pool`,
+        """n_way and n_shot are maxima; options: `device`, `batch_size`, `global_pool`,
         `ignore_codes` of extract_features, and `head`, the keywords of linear_probe."""
         n_classes = len(images_tr.classes)
         if n_classes < 2:
@@ -167,7 +166,7 @@ class FastProbe:
         return linear_probe(features, labels, features_test, labels_test, **self.head)
 
 
-def fast_probe(flags, images_tr, images_val, size, device, dtype):
+def fast_probe(flags, images_tr, images_val, size, device):
     """The FastProbe that the probe's flags ask for."""
     transform_tr, transform_te = transforms(size, flags.use_augs)
     return FastProbe(
@@ -181,7 +180,6 @@ def fast_probe(flags, images_tr, images_val, size, device, dtype):
         num_workers=flags.num_workers,
         seed=flags.seed,
         device=device,
-        dtype=dtype,
         batch_size=flags.probe_bs_val,
         global_pool=bool(flags.global_pool),
         ignore_codes=bool(flags.probe_ignore_z),
@@ -211,8 +209,8 @@ def run(flags, images_tr, images_val):
     device = join_processes(flags.gpus)
     dtype = choose_dtype(flags.sample_dtype, device)
     with naming("--model"):
-        model = IO.load_model(flags.model).to(device)
-    probe = fast_probe(flags, images_tr, images_val, model.config.image_size, device, dtype)
+        model = in_precision(IO.load_model(flags.model).to(device), dtype)
+    probe = fast_probe(flags, images_tr, images_val, model.config.image_size, device)
     n_train, n_val = probe.sizes
     say(json.dumps({"model": flags.model, **probe(model), "n_train": n_train, "n_val": n_val}))
 

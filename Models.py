@@ -4,6 +4,7 @@ and out.
 Letters in shapes: N images, K codes per image, L patches, V visible and M masked ones (V + M = L),
 T tokens, C channels, D numbers per code, P pixels along a patch."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, build_sincos2d_pos_embed
+from timm.layers import Mlp, PatchEmbed, build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 
 from Augmentation import denormalize, normalize
@@ -33,6 +34,7 @@ class ModelConfig:
     decoder_dim: int = 512
     decoder_depth: int = 8
     decoder_num_heads: int = 16
+    decoder: str = "self"  # of DECODERS
     norm_eps: float = 1e-6  # of every LayerNorm; other only in weights from elsewhere
     # What the predictions are trained to be: patches normalised one by one, or raw pixels.
     norm_pix_loss: bool = True
@@ -218,30 +220,32 @@ def masked_patches(mask, n_masked):
     return mask.argsort(dim=1, descending=True, stable=True)[:, :n_masked]
 
 
+def masked_target(images, mask, pred, norm_pix_loss):
+    """What predictions of the masked patches, pred (..., M, P*P*3), are compared with: (N, 1, M,
+    P*P*3)."""
+    target = target_patches(images, math.isqrt(pred.shape[-1] // 3), norm_pix_loss)
+    return pick(target[:, None], masked_patches(mask, pred.shape[-2]))
+
+
 def reconstruction_loss(pred, images, mask, norm_pix_loss=True):
     """Mean squared error over each image's masked patches (MAE, section 3): (N,) for pred (N, L or
     M, P*P*3), (N, K) for (N, K, L or M, P*P*3). images (N,3,H,W) normalised; mask (N,L), 1 =
     removed; all images have M removed patches."""
-    target = target_patches(images, math.isqrt(pred.shape[-1] // 3), norm_pix_loss)[:, None]
-    masked_only = pred.shape[-2] < mask.shape[1]
-    if masked_only:
-        target = pick(target, masked_patches(mask, pred.shape[-2]))
-    codes = pred if pred.ndim == 4 else pred[:, None]
+    if pred.ndim == 3:
+        return reconstruction_loss(pred[:, None], images, mask, norm_pix_loss)[:, 0]
+    if pred.shape[-2] == mask.shape[1]:  # of all patches
+        pred = pick(pred, masked_patches(mask, int(mask[0].sum())))
+    target = masked_target(images, mask, pred, norm_pix_loss)
     # To try another loss, change this line.
-    losses = (codes - target).square().mean(-1)  # (N, K, L or M)
-    if masked_only:
-        losses = losses.mean(-1)
-    else:
-        losses = (losses * mask[:, None]).sum(-1) / mask.sum(-1)[:, None]
-    return losses if pred.ndim == 4 else losses[:, 0]
+    return (pred - target).square().mean((-1, -2))
 
 
 class Prefix(NamedTuple):
     """What is computed once per image, before the first injection."""
 
     tokens: torch.Tensor  # (N, 1, T, C)
-    positions: torch.Tensor  # (N, 1+L): class token, visible patches, masked ones in raster order
-    mask: torch.Tensor  # (N, L), 1 = removed
+    positions: torch.Tensor  # (N, 1+V+M): class token, visible patches, masked ones in raster order
+    mask: torch.Tensor  # (N, L), 1 = removed, and to be predicted
     n_visible: int  # V
 
 
@@ -254,6 +258,14 @@ class Step(NamedTuple):
     narrows: bool = False  # gives only the tokens whose predictions are wanted
 
 
+def attend(queries, keys, values, num_heads):
+    """Attention of tokens (B, S, C) to tokens (B, T, C), without projections: (B, S, C)."""
+    heads = [
+        x.unflatten(2, (num_heads, -1)).transpose(1, 2) for x in (queries, keys, values)
+    ]  # (B, heads, S or T, C/heads)
+    return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+
 def run_block(block, tokens, first=0):
     """timm's Block, which knows nothing of codes, on tokens (N, K, T, C): what becomes of those
     from `first` on, which attend to all; the others are not computed."""
@@ -264,18 +276,43 @@ def run_block(block, tokens, first=0):
     weights, biases = attention.qkv.weight, attention.qkv.bias
     queries = F.linear(x_norm[:, first:], weights[:channels], biases[:channels])
     keys, values = F.linear(x_norm, weights[channels:], biases[channels:]).chunk(2, dim=-1)
-    heads = [
-        t.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for t in (queries, keys, values)
-    ]
-    mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    mixed = attend(queries, keys, values, attention.num_heads)
     x = x[:, first:] + attention.proj(mixed)
     return (x + block.mlp(block.norm2(x))).unflatten(0, tokens.shape[:2])
+
+
+class CrossBlock(nn.Module):
+    """A block whose tokens attend to other ones, not to each other (the decoder of CrossMAE, Fu et
+    al. 2025, section 3)."""
+
+    def __init__(self, dim, num_heads, qkv_bias, norm_layer):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1, self.norm2 = norm_layer(dim), norm_layer(dim)
+        self.q = nn.Linear(dim, dim, qkv_bias)
+        self.kv = nn.Linear(dim, 2 * dim, qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, tokens, memory):
+        """tokens (N, 1 or K, S, C), memory (N, 1 or K, T, C), which they attend to -> (N, 1 or K,
+        S, C)."""
+        n, k = len(tokens), max(tokens.shape[1], memory.shape[1])
+        queries, memory = self.q(self.norm1(tokens)), self.kv(memory)
+        queries, memory = (x.expand(n, k, -1, -1).flatten(0, 1) for x in (queries, memory))
+        mixed = attend(queries, *memory.chunk(2, dim=-1), self.num_heads)
+        x = tokens + self.proj(mixed).unflatten(0, (n, k))
+        return x + self.mlp(self.norm2(x))
+
+
+DECODERS = {"self": Block, "cross": CrossBlock}  # the blocks that a decoder is made of
 
 
 class ImplicitMAE(nn.Module):
     """A masked autoencoder whose completions depend on latent codes. Without codes, or with an
     empty ip_spec, it is MAE, and its parameters have the names of facebookresearch/mae; those of
-    injections are `injections.PLACE.*`."""
+    injections are `injections.PLACE.*`. With the decoder "cross", masked tokens attend to the
+    visible ones only: for a share of them (`predict_ratio`) the others need not be computed."""
 
     def __init__(self, config):
         super().__init__()
@@ -295,7 +332,7 @@ class ImplicitMAE(nn.Module):
             sincos_position_embedding(c.grid, c.decoder_dim), requires_grad=False
         )
         self.decoder_blocks = nn.ModuleList(
-            Block(c.decoder_dim, c.decoder_num_heads, qkv_bias=True, norm_layer=norm)
+            DECODERS[c.decoder](c.decoder_dim, c.decoder_num_heads, qkv_bias=True, norm_layer=norm)
             for _ in range(c.decoder_depth)
         )
         self.decoder_norm = norm(c.decoder_dim)
@@ -336,11 +373,11 @@ class ImplicitMAE(nn.Module):
                 return tokens
             codes = codes[..., self.code_slices[place]]
             positions = positions[:, first : first + tokens.shape[2]]
-            return self.injections[str(place)](tokens, codes, positions)
+            return self.injections[str(place)](tokens, codes.to(tokens.dtype), positions)
 
         return [Step(inject, reads_codes=True)]
 
-    def _block_steps(self, blocks, first_place, norm, first=None):
+    def _block_steps(self, blocks, first_place, norm, first=None, run=run_block):
         """Blocks, each followed by its injection, and the norm behind the last. The last one gives
         the tokens from `first` on only, if that is given."""
         last_place = first_place + len(blocks) - 1
@@ -348,8 +385,8 @@ class ImplicitMAE(nn.Module):
         for place, block in enumerate(blocks, first_place):
             narrows = first is not None and place == last_place
             start = first if narrows else 0
-            run = lambda x, *_, block=block, start=start: run_block(block, x, start)  # noqa: E731
-            steps += [Step(run, narrows=narrows), *self._inject(place, start)]
+            step = lambda x, *_, block=block, start=start: run(block, x, start)  # noqa: E731
+            steps += [Step(step, narrows=narrows), *self._inject(place, start)]
         behind_norm = place in self.code_slices and self.injections[str(place)].after_norm
         steps.insert(len(steps) - behind_norm, Step(lambda x, *_: norm(x)))
         return steps
@@ -358,29 +395,53 @@ class ImplicitMAE(nn.Module):
         return self._block_steps(self.blocks, 0, self.norm)
 
     def _decoder_steps(self, first):
-        blocks = self._block_steps(self.decoder_blocks, len(self.blocks), self.decoder_norm, first)
+        depth = len(self.blocks)
+        if self.config.decoder == "cross":  # as one step
+            in_decoder = any(place == "mask" or place >= depth for place in self.code_slices)
+            return [Step(partial(self._decode_across, first), in_decoder, narrows=True)]
         return [
             Step(lambda x, *_: self.decoder_embed(x)),
             Step(self._append_mask_tokens, reads_codes="mask" in self.code_slices),
-            *blocks,
+            *self._block_steps(self.decoder_blocks, depth, self.decoder_norm, first),
         ]
+
+    def _decode_across(self, first, tokens, codes, positions):
+        """The cross-attention decoder: the encoder's tokens (N, 1 or K, 1+V, C) -> (N, K, S, C),
+        those of positions[:, first:] (N, S)."""
+        seen, wanted = positions[:, : tokens.shape[2]], positions[:, first:]
+        memory = self.decoder_embed(tokens) + self._decoder_positions(seen)
+        x = self._mask_tokens(wanted, codes) + self._decoder_positions(wanted)
+        run = lambda block, x, _: block(x, memory)  # noqa: E731
+        for step in self._block_steps(
+            self.decoder_blocks, len(self.blocks), self.decoder_norm, run=run
+        ):
+            x = step.run(x, codes, wanted)
+        return x
+
+    def _decoder_positions(self, positions):
+        """positions (N, S) -> their embeddings in the decoder (N, 1, S, C)."""
+        return self.decoder_pos_embed[0][positions][:, None]
+
+    def _mask_tokens(self, positions, codes):
+        """The mask token at positions (N, S), with what codes make of it: (N, 1 or K, S, C)."""
+        n, s = positions.shape
+        tokens = self.mask_token[None].expand(n, 1, s, -1)
+        for inject in self._inject("mask"):
+            tokens = inject.run(tokens, codes, positions)
+        return tokens
 
     def _append_mask_tokens(self, tokens, codes, positions):
         """(N, 1 or K, 1+V, C) -> (N, 1 or K, 1+L, C) in the order of `positions`, with position
         embeddings."""
-        n, _, n_visible, channels = tokens.shape
-        masked = positions[:, n_visible:]  # (N, M)
-        mask_tokens = self.mask_token[None].expand(n, 1, masked.shape[1], channels)
-        for inject in self._inject("mask"):
-            mask_tokens = inject.run(mask_tokens, codes, masked)
+        mask_tokens = self._mask_tokens(positions[:, tokens.shape[2] :], codes)
         k = max(tokens.shape[1], mask_tokens.shape[1])
         tokens = torch.cat([tokens.expand(-1, k, -1, -1), mask_tokens.expand(-1, k, -1, -1)], dim=2)
-        return tokens + self.decoder_pos_embed[0][positions][:, None]
+        return tokens + self._decoder_positions(positions)
 
     def _embed(self, images, positions):
         """images (N,3,H,W) -> class token and the patches at positions[:, 1:], embedded: (N, 1, T,
         C)."""
-        patches = self.patch_embed(images) + self.pos_embed[:, 1:]
+        patches = self.patch_embed(images.to(self.pos_embed.dtype)) + self.pos_embed[:, 1:]
         patches = pick(patches[:, None], positions[:, 1:] - 1)
         class_token = (self.cls_token + self.pos_embed[:, :1])[None].expand(len(images), -1, -1, -1)
         return torch.cat([class_token, patches], dim=2)
@@ -393,14 +454,17 @@ class ImplicitMAE(nn.Module):
         at += [i for i, step in enumerate(steps) if step.narrows]
         return steps[: at[0]], steps[at[0] :]
 
-    def prefix(self, images, mask_noise, mask_ratio=0.75):
+    def prefix(self, images, mask_noise, mask_ratio=0.75, predict_ratio=1.0):
         """images (N,3,H,W) normalised, mask_noise (N,L) -> what no code changes: a Prefix for
-        `suffix`."""
-        n, length = mask_noise.shape
+        `suffix`. predict_ratio: the share of all patches that is to be predicted, those of the
+        masked ones that come first by mask_noise, at most all; the others are not in its mask."""
+        length = mask_noise.shape[1]
         n_visible = int(length * (1 - mask_ratio))
+        n_predicted = max(1, min(length - n_visible, round(length * predict_ratio)))
         order = mask_noise.argsort(dim=1, stable=True)
-        visible, masked = order[:, :n_visible], order[:, n_visible:].sort(dim=1).values
-        mask = torch.ones_like(mask_noise).scatter_(1, visible, 0)
+        visible, masked = order.split([n_visible, length - n_visible], dim=1)
+        masked = masked[:, :n_predicted].sort(dim=1).values
+        mask = torch.zeros_like(mask_noise).scatter_(1, masked, 1)
         positions = F.pad(
             torch.cat([visible, masked], dim=1) + 1, (1, 0)
         )  # (N, 1+L), 0: the class token
@@ -423,11 +487,20 @@ class ImplicitMAE(nn.Module):
             pred = pick(pred, prefix.positions[:, 1:].argsort(dim=1))
         return pred[:, 0] if codes is None else pred
 
-    def forward(self, images, mask_noise, codes=None, mask_ratio=0.75, masked_only=False):
+    def forward(
+        self,
+        images,
+        mask_noise,
+        codes=None,
+        mask_ratio=0.75,
+        *,
+        masked_only=False,
+        predict_ratio=1.0,
+    ):
         """images (N,3,H,W) normalised, mask_noise (N,L) whose argsort is the mask as in MAE, codes
         (N,K,D) or None -> pred (N, K, L, P*P*3), without codes (N, L, P*P*3); mask (N, L), 1 =
-        removed."""
-        prefix = self.prefix(images, mask_noise, mask_ratio)
+        removed (of those, the ones that are predicted)."""
+        prefix = self.prefix(images, mask_noise, mask_ratio, predict_ratio)
         return self.suffix(prefix, codes, masked_only), prefix.mask
 
     def encode(self, images, codes=None):
@@ -440,13 +513,27 @@ class ImplicitMAE(nn.Module):
             tokens = step.run(tokens, None if codes is None else codes[:, None], positions)
         return tokens[:, 0]
 
-    def sample_codes(self, seeds, k, first=0):
-        """seeds (N,) int64 -> codes (N, k, D) from the prior N(0, I): numbers `first` to `first +
-        k` of each seed's."""
-        codes = random_normal(
-            mix_seeds(seeds, Stream.CODE), k * self.code_dim, first * self.code_dim
-        )
-        return codes.unflatten(1, (k, self.code_dim))
+    def sample_codes(self, seeds, k):
+        """seeds (N,) int64 -> the first k codes (N, k, D) of each seed's sequence from the prior
+        N(0, I)."""
+        numbers = torch.arange(k, device=seeds.device)
+        return self.numbered_codes(seeds, numbers.expand(len(seeds), -1))
+
+    def numbered_codes(self, seeds, numbers):
+        """seeds (N,) int64 -> the codes (N, k, D) with these numbers (N, k), from 0, of each seed's
+        sequence from the prior N(0, I)."""
+        counters = numbers[..., None] * self.code_dim
+        counters = counters + torch.arange(self.code_dim, device=numbers.device)  # (N, k, D)
+        return random_normal(mix_seeds(seeds, Stream.CODE)[:, None, None], counters)
+
+    def code_features(self, codes):
+        """codes (N, k, D) -> (N, k, F): what the injections make of codes, before they meet tokens;
+        the code itself where an injection has no mapping net."""
+        parts = []
+        for place, part in self.code_slices.items():
+            mapping = getattr(self.injections[str(place)], "mapping", nn.Identity())
+            parts.append(mapping(codes[..., part].to(self.pos_embed.dtype)))
+        return torch.cat(parts, dim=-1)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -465,6 +552,12 @@ def sincos_position_embedding(grid, dim):
 def build(config):
     """An ImplicitMAE with fresh weights, drawn from torch's global generator."""
     return ImplicitMAE(config)
+
+
+def in_precision(model, dtype):
+    """The model for what needs no gradients: a copy in a lower precision, itself for float32. Half
+    the memory traffic of autocast, which also computes residuals and norms in float32."""
+    return model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
 
 
 def parameter_groups(model, weight_decay):

@@ -19,8 +19,18 @@ import Data
 import Flags
 import IO
 import LinearProbe
+import Samplers
 from Augmentation import normalize, transforms
-from Models import PRESETS, ModelConfig, build, completions, parameter_groups, reconstruction_loss
+from Models import (
+    PRESETS,
+    ModelConfig,
+    build,
+    completions,
+    in_precision,
+    masked_target,
+    parameter_groups,
+    reconstruction_loss,
+)
 from Utils import (
     RunError,
     Stopped,
@@ -92,37 +102,65 @@ def choose_codes(
     codes_per_image,
     codes_per_pass,
     mask_ratio=0.75,
+    predict_ratio=1.0,
+    tries=None,
+    rs_epsilon=0.0,
     prefix=None,
 ):
     """IMLE's choice for one chunk on the model's device: of codes_per_image codes, each image's
-    nearest.
+    nearest; with `tries`, the nearest of so many that Samplers.search takes for the best.
 
     images (N,3,H,W) normalised, mask_noise (N,L), seeds (N,) int64 -> chosen codes (N,D), their
-    losses (N,), the mean loss over all codes (N,). `prefix`: model.prefix of these images (the
-    network up to the first injection, once per image), where it is known. A non-finite loss never
-    wins."""
-    prefix = model.prefix(images, mask_noise, mask_ratio) if prefix is None else prefix
-    best_losses = torch.full((len(images),), math.inf, device=images.device)
-    best_codes = torch.zeros(len(images), model.code_dim, device=images.device)
-    total = torch.zeros(len(images), device=images.device)
-    for codes, _, losses in code_passes(
-        model, prefix, images, seeds, codes_per_image, codes_per_pass
-    ):
-        total += losses.sum(1)
-        losses, index = torch.where(losses.isfinite(), losses, math.inf).min(1)  # (N,)
-        chosen = codes.gather(1, index[:, None, None].expand(-1, 1, codes.shape[2]))[:, 0]  # (N, D)
-        best_codes = torch.where((losses < best_losses)[:, None], chosen, best_codes)
-        best_losses = torch.minimum(losses, best_losses)
-    return best_codes, best_losses, total / codes_per_image
+    losses (N,), the mean loss over all codes (N,), over those tried at random with `tries`.
+    rs_epsilon: see `ranks`. `prefix`: model.prefix of these images (the network up to the first
+    injection, once per image), where it is known."""
+    if prefix is None:
+        prefix = model.prefix(images, mask_noise, mask_ratio, predict_ratio)
+    attempt = partial(try_codes, model, prefix, images, seeds, codes_per_pass)
+    numbers = torch.arange(codes_per_image, device=images.device).expand(len(images), -1)
+    if tries is None:
+        _, losses = attempt(numbers)
+        mean = losses.mean(1)
+    else:
+        features = model.code_features(model.numbered_codes(seeds, numbers))
+        kernel = Samplers.kernel_matrix(features)
+        numbers, losses = Samplers.search(partial(attempt, keep=True), kernel, tries)
+        mean = losses[:, : Samplers.n_random(tries)].mean(1)
+    choice = ranks(losses, rs_epsilon).argmin(1, keepdim=True)  # (N, 1)
+    codes = model.numbered_codes(seeds, numbers.gather(1, choice))
+    return codes[:, 0], losses.gather(1, choice)[:, 0], mean
 
 
-def code_passes(model, prefix, images, seeds, codes_per_image, codes_per_pass):
-    """Tries codes_per_image codes, codes_per_pass at a time: yields codes (N,k,D), predictions of
-    the masked patches (N,k,M,P*P*3), losses (N,k) float32."""
-    for first in range(0, codes_per_image, codes_per_pass):
-        codes = model.sample_codes(seeds, min(codes_per_pass, codes_per_image - first), first)
-        pred = model.suffix(prefix, codes)
-        yield codes, pred, image_losses(model, pred, images, prefix.mask)
+def ranks(losses, rs_epsilon=0.0):
+    """losses (N,k) as codes compete by them, the lowest first: one that is not finite never wins;
+    those below rs_epsilon come behind all others, the highest first (RS-IMLE, Vashist et al. 2024,
+    section 4: a sample nearer than epsilon is rejected, so that training meets the codes that
+    inference will)."""
+    losses = torch.where(losses.isfinite(), losses, math.inf).double()
+    return torch.where(losses < rs_epsilon, 1e9 - losses, losses)
+
+
+def try_codes(model, prefix, images, seeds, codes_per_pass, numbers, keep=False):
+    """Tries the codes of these numbers (N,k): where `keep`, the completions' residuals
+    (N,k,M*P*P*3), else None; losses (N,k)."""
+    kept, losses = [], []
+    for pred, pass_losses in code_passes(model, prefix, images, seeds, codes_per_pass, numbers):
+        losses.append(pass_losses)
+        if keep:
+            target = masked_target(images, prefix.mask, pred, model.config.norm_pix_loss)
+            kept.append((pred - target).flatten(2))
+    return torch.cat(kept, dim=1) if keep else None, torch.cat(losses, dim=1)
+
+
+def code_passes(model, prefix, images, seeds, codes_per_pass, numbers):
+    """Completes images with the codes of these numbers (N,k), codes_per_pass at a time: yields
+    predictions of the masked patches (N,k,M,P*P*3), losses (N,k) float32."""
+    if images.device.type == "cpu":  # whose cache holds the activations of small passes
+        values_per_code = prefix.positions.numel() * model.config.decoder_dim
+        codes_per_pass = min(codes_per_pass, max(1, 2**21 // values_per_code))
+    for part in numbers.split(codes_per_pass, dim=1):
+        pred = model.suffix(prefix, model.numbered_codes(seeds, part))
+        yield pred, image_losses(model, pred, images, prefix.mask)
 
 
 def image_losses(model, pred, images, mask):
@@ -131,11 +169,11 @@ def image_losses(model, pred, images, mask):
 
 
 def train_step(
-    network, batch, rates, *, optimizer, scaler, batch_size, parts, dtype, mask_ratio, clip_grad
+    network, batch, rates, *, optimizer, scaler, batch_size, parts, dtype, masking, clip_grad
 ):
     """One gradient step on this process's share of a minibatch, computed in `parts`; the loss
-    averaged over the whole minibatch. A loss that is not finite raises a RunError, before the
-    update."""
+    averaged over the whole minibatch. masking: mask_ratio and predict_ratio. A loss that is not
+    finite raises a RunError, before the update."""
     for group in optimizer.param_groups:
         group["lr"] = rates[group["part"]]
     optimizer.zero_grad()
@@ -149,7 +187,7 @@ def train_step(
         waiting = part is not shares[-1] and network is not model
         with network.no_sync() if waiting else nullcontext():
             with autocast(device, dtype):
-                pred, mask = network(images, mask_noise, codes, mask_ratio, masked_only=True)
+                pred, mask = network(images, mask_noise, codes, masked_only=True, **masking)
                 losses = image_losses(model, pred, images, mask)  # (n, 1), without codes (n,)
             loss = losses.sum() / batch_size
             scaler.scale(loss * world_size()).backward()
@@ -183,13 +221,13 @@ def choose_pool_codes(
     losses = torch.zeros(n, 3, device=device)
     chunks = loader.chunks(pool.indices, pool.seeds, images_per_pass)
     what, after_each = ("sampling codes", forecast) if choosing else ("loading", None)
+    fast_model = in_precision(model, dtype) if choosing else None
     start = time.perf_counter()
     for rows, images in IO.watch(chunks, what, n, after_each=after_each):
         pool.images[rows] = images
         if choosing:
             chunk = (images, pool.mask_noise[rows], pool.seeds[rows])
-            with autocast(device, dtype):
-                codes[rows], losses[rows] = choose_chunk_codes(model, *chunk, **options)
+            codes[rows], losses[rows] = choose_chunk_codes(fast_model, *chunk, **options)
     sum_over_processes(pool.images, codes, losses)
     if choosing:
         best, mean, plain = losses.double().mean(0).tolist()
@@ -205,13 +243,15 @@ def choose_pool_codes(
 
 
 @torch.no_grad()
-def choose_chunk_codes(model, images, mask_noise, seeds, *, mask_ratio, **options):
+def choose_chunk_codes(
+    model, images, mask_noise, seeds, *, mask_ratio, predict_ratio=1.0, **options
+):
     """choose_codes for uint8 images from the host: codes (N, D); losses (N, 3) of the chosen code,
     averaged over codes, and without code."""
     device = model.pos_embed.device
     images = normalize(images.to(device, non_blocking=True))
     mask_noise, seeds = mask_noise.to(device), seeds.to(device)
-    prefix = model.prefix(images, mask_noise, mask_ratio)
+    prefix = model.prefix(images, mask_noise, mask_ratio, predict_ratio)
     codes, best, mean = choose_codes(model, images, mask_noise, seeds, prefix=prefix, **options)
     plain = image_losses(model, model.suffix(prefix, None), images, prefix.mask)
     return codes, torch.stack([best, mean, plain], dim=1)
@@ -271,9 +311,8 @@ def evaluate(model, images, mask_noise, seeds, *, codes_per_image, codes_per_pas
         )
     best, total = torch.full_like(plain_loss, math.inf), torch.zeros_like(plain_loss)
     first_moment, second_moment = torch.zeros_like(plain), torch.zeros_like(plain)
-    for _, pred, losses in code_passes(
-        model, prefix, images, seeds, codes_per_image, codes_per_pass
-    ):
+    numbers = torch.arange(codes_per_image, device=images.device).expand(len(images), -1)
+    for pred, losses in code_passes(model, prefix, images, seeds, codes_per_pass, numbers):
         total += losses.sum(1)
         best = torch.minimum(best, torch.where(losses.isfinite(), losses, math.inf).min(1).values)
         # To the completion without code: small numbers, whose squares lose nothing.
@@ -323,6 +362,7 @@ class Validation:
 
     def validate(self, model, step, with_codes):
         """The metrics and pictures of one validation."""
+        model = in_precision(model, self.dtype)
         values = self.losses(model, with_codes)
         if self.probe is not None:
             accuracy = self.probe(model)
@@ -339,16 +379,15 @@ class Validation:
         chunks = chosen.loader.chunks(chosen.indices, chosen.seeds, self.images_per_pass)
         for rows, images in IO.watch(chunks, "validation", len(chosen.indices)):
             images, mask_noise, seeds = prepare(model, images, chosen.seeds[rows])
-            with autocast(device, self.dtype):
-                rows_of_all[rows] = evaluate(
-                    model,
-                    images,
-                    mask_noise,
-                    seeds,
-                    codes_per_image=self.codes_per_image if with_codes else 0,
-                    codes_per_pass=self.codes_per_pass,
-                    mask_ratio=self.mask_ratio,
-                )
+            rows_of_all[rows] = evaluate(
+                model,
+                images,
+                mask_noise,
+                seeds,
+                codes_per_image=self.codes_per_image if with_codes else 0,
+                codes_per_pass=self.codes_per_pass,
+                mask_ratio=self.mask_ratio,
+            )
         sum_over_processes(rows_of_all)
         names = ("loss_te", "loss_te_best", "loss_te_no_z", "code_spread")
         return {
@@ -366,9 +405,8 @@ class Validation:
         )
         for rows, images in chosen.loader.chunks(chosen.indices, chosen.seeds, 8):
             images, mask_noise, seeds = prepare(model, images, chosen.seeds[rows])
-            with autocast(device, self.dtype):
-                codes = model.sample_codes(seeds, k) if k else None
-                cells[rows] = completions(model, images, mask_noise, codes, self.mask_ratio)
+            codes = model.sample_codes(seeds, k) if k else None
+            cells[rows] = completions(model, images, mask_noise, codes, self.mask_ratio)
         sum_over_processes(cells)
         headers = ["image", "masked", *([f"code {i + 1}" for i in range(k)] or ["completion"])]
         return IO.picture_grid(
@@ -504,7 +542,7 @@ def make_validation(record, flags, images_tr, images_val, device, dtype):
     }
     probe = None
     if flags.fast_linear_probe and flags.steps_per_eval:
-        probe = LinearProbe.fast_probe(flags, images_tr, images_val, size, device, dtype)
+        probe = LinearProbe.fast_probe(flags, images_tr, images_val, size, device)
     return Validation(
         record,
         loss_examples=examples(images_val, flags.ex_for_mse_loss, **options),
@@ -540,6 +578,7 @@ def loop_options(flags, device, optimizer, scaler, train_dtype, dtype, epochs_le
     """The keywords of `train`, from the flags."""
     cosine = flags.scheduler == "linear_ramp_cosine_decay"
     size = tuple(flags.input_size)
+    masking = {"mask_ratio": flags.mask_ratio, "predict_ratio": flags.predict_ratio}
     return {
         "epochs": flags.epochs,
         "images_per_epoch": flags.ex_per_epoch,
@@ -557,7 +596,9 @@ def loop_options(flags, device, optimizer, scaler, train_dtype, dtype, epochs_le
             "images_per_pass": flags.code_bs,
             "codes_per_image": flags.ns,
             "codes_per_pass": flags.sp,
-            "mask_ratio": flags.mask_ratio,
+            "tries": flags.tries if flags.sampler == "surrogate" else None,
+            "rs_epsilon": flags.rs_epsilon,
+            **masking,
             "forecast": IO.Forecast(device, epochs_left * flags.ex_per_epoch),
         },
         "stepping": {
@@ -566,7 +607,7 @@ def loop_options(flags, device, optimizer, scaler, train_dtype, dtype, epochs_le
             "batch_size": flags.mini_bs,
             "parts": flags.accum,
             "dtype": train_dtype,
-            "mask_ratio": flags.mask_ratio,
+            "masking": masking,
             "clip_grad": flags.clip_grad,
         },
         "rates": partial(

@@ -65,22 +65,21 @@ def mix_seeds(*parts):
     return seed
 
 
-def random_bits(seeds, n, first=0):
-    """seeds (N,) -> 64 random bits (N, n) int64: numbers `first` to `first + n` of each seed's
-    sequence."""
-    counters = torch.arange(first + 1, first + n + 1, device=seeds.device)
-    return splitmix(seeds[:, None] + counters * GOLDEN)
+def random_bits(seeds, counters):
+    """The random 64 bits with these numbers, from 0, of each seed's sequence: int64 tensors that
+    broadcast -> int64."""
+    return splitmix(seeds + (counters + 1) * GOLDEN)
 
 
 def random_uniform(seeds, n):
     """seeds (N,) int64 -> float32 (N, n) in [0, 1)."""
-    return (random_bits(seeds, n) >> 40 & 2**24 - 1).float() * 2**-24
+    bits = random_bits(seeds[:, None], torch.arange(n, device=seeds.device))
+    return (bits >> 40 & 2**24 - 1).float() * 2**-24
 
 
-def random_normal(seeds, n, first=0):
-    """seeds (N,) int64 -> standard normal float32 (N, n), numbers `first`... of each seed's
-    sequence (Box-Muller)."""
-    bits = random_bits(seeds, n, first)
+def random_normal(seeds, counters):
+    """Standard normal numbers, float32, by random_bits of seeds and counters (Box-Muller)."""
+    bits = random_bits(seeds, counters)
     radius = ((bits >> 32 & 2**32 - 1) + 1).float().mul_(2**-32).log_().mul_(-2).sqrt_()
     angle = (bits & 2**32 - 1).float().mul_(2 * math.pi * 2**-32)
     return radius * angle.cos_()

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from Models import (
     ACTIVATIONS,
+    DECODERS,
     INJECTIONS,
     PRESETS,
     ModelConfig,
@@ -333,8 +334,10 @@ def infer_config(state, told, overrides):
     if has_decoder(state):
         sizes["decoder_dim"] = state["decoder_embed.weight"].shape[0]
         sizes["decoder_depth"] = count_blocks(state, "decoder_blocks")
+        kind = "cross" if any(name.endswith(".kv.weight") for name in state) else "self"
+        told = {"decoder": kind, **told}
     else:
-        open_fields += ["decoder_dim", "decoder_depth"]
+        open_fields += ["decoder_dim", "decoder_depth", "decoder"]
     for name, size in sizes.items():
         if told.get(name, size) != size:
             raise InputError(f"damaged: its {name} is {size}, but {told[name]} by its own account")
@@ -405,6 +408,11 @@ def check_sizes(config, wanted):
             arch = fitting_preset({name: getattr(config, name) for name in SIZES})
             hint = f"; they fit --arch {arch}" if arch else ""
             raise InputError(f"its {name} is {found}, expected was {expected}{hint}")
+    if config.decoder != wanted.decoder:
+        raise InputError(
+            f"it has the decoder {config.decoder!r}, not {wanted.decoder!r}: give --decoder "
+            f"{config.decoder}, or train from scratch with --finetune 0"
+        )
 
 
 def check_config(config):
@@ -416,6 +424,7 @@ def check_config(config):
         **{name: type(getattr(c, name)) is int and getattr(c, name) > 0 for name in numbers},
         "image_size": len(size) == 2 and all(type(n) is int and n > 0 for n in size),
         "norm_eps": type(c.norm_eps) is float and 0 < c.norm_eps < 1,
+        "decoder": c.decoder in DECODERS,
         "norm_pix_loss": type(c.norm_pix_loss) is bool,
         "mapping_net_lrmul": 0 < c.mapping_net_lrmul < math.inf,
         "act_type": c.act_type in ACTIVATIONS,

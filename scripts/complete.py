@@ -16,12 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Flags import SWITCH, Parser, check_mask_ratio, real, whole  # noqa: E402 (the line above makes it importable)
 from IO import NORMALIZED, load_model, picture_grid  # noqa: E402
-from Models import completions  # noqa: E402
+from Models import completions, in_precision  # noqa: E402
 from TrainIMLE import code_passes, prepare  # noqa: E402
 from Utils import (  # noqa: E402
     InputError,
     Stream,
-    autocast,
     fastest_dtype,
     mix_seeds,
     run_command,
@@ -83,15 +82,15 @@ def draw(args):
     number = torch.arange(len(images) * args.masks)
     seeds = mix_seeds(args.seed, Stream.EVALUATION, number // args.masks, number % args.masks)
     rows, mosaics = [], []
-    with autocast(device, fastest_dtype(device)):
-        for i, seed in enumerate(seeds):
-            image, noise, seed = prepare(model, images[i // args.masks, None], seed[None])
-            codes = model.sample_codes(seed, args.codes) if model.code_dim else None
-            rows.append(completions(model, image, noise, codes, args.mask_ratio))
-            if args.mosaic and i % args.masks == 0:
-                chosen = most_different_codes(model, image, noise, seed, args)
-                cells = completions(model, image, noise, chosen, args.mask_ratio)
-                mosaics.append(tiles(cells))
+    model = in_precision(model, fastest_dtype(device))
+    for i, seed in enumerate(seeds):
+        image, noise, seed = prepare(model, images[i // args.masks, None], seed[None])
+        codes = model.sample_codes(seed, args.codes) if model.code_dim else None
+        rows.append(completions(model, image, noise, codes, args.mask_ratio))
+        if args.mosaic and i % args.masks == 0:
+            chosen = most_different_codes(model, image, noise, seed, args)
+            cells = completions(model, image, noise, chosen, args.mask_ratio)
+            mosaics.append(tiles(cells))
 
     n_codes = rows[0].shape[1] - 2
     names = [f"code {k + 1}" for k in range(n_codes)] if model.code_dim else ["completion"]
@@ -132,10 +131,11 @@ def most_different_codes(model, image, noise, seed, args):
     if not model.code_dim:
         raise InputError(f"--mosaic: {args.model} has no codes; it completes in one way only")
     prefix = model.prefix(image, noise, args.mask_ratio)
-    passes = code_passes(model, prefix, image, seed, args.mosaic, CODES_PER_PASS)
-    codes, preds = zip(*((codes, pred.float()) for codes, pred, _ in passes), strict=True)
-    chosen = most_different(torch.cat(preds, dim=1)[0].flatten(1), MOSAIC[0] * MOSAIC[1] - 2)
-    return torch.cat(codes, dim=1)[:, chosen]
+    numbers = torch.arange(args.mosaic, device=seed.device)[None]
+    passes = code_passes(model, prefix, image, seed, CODES_PER_PASS, numbers)
+    preds = torch.cat([pred.float() for pred, _ in passes], dim=1)
+    chosen = most_different(preds[0].flatten(1), MOSAIC[0] * MOSAIC[1] - 2)
+    return model.numbered_codes(seed, numbers[:, chosen])
 
 
 def most_different(points, k):

@@ -29,7 +29,8 @@ DEFAULTS = """
     probe_bs=16 probe_bs_val=256 probe_ignore_z=1 probe_augs_per_image=1 global_pool=1
     ex_for_mse_loss=2048 z_per_ex_loss=128 eval_bs=32 ex_for_vis_tr=8 ex_for_vis_te=8
     z_per_ex_vis=8 steps_per_eval=64 get_mae_baseline=1 save_iter=-1 save_minutes=10
-    sample_dtype=auto processes=1 wandb=disabled save_folder=. seed=0
+    sample_dtype=auto processes=1 wandb=disabled save_folder=. seed=0 sampler=exhaustive tries=-1
+    rs_epsilon=0 decoder=self predict_ratio=1
 """  # of DESIGN.md, section 3; further ones stand in the test
 TWO_RUNS = """
     TrainIMLE.py --gpus 0 1 --suffix SUFFIX --data_tr IMAGENET_TRAIN --data_val IMAGENET_VAL
@@ -107,6 +108,11 @@ def test_defaults_are_those_of_the_design():
         ("--no-fp16", {"fp16": False}),
         ("--uid here.1", {"uid": "here.1"}),
         ("--ns 8 --sp 8", {"sp": 8}),
+        ("--decoder cross", {"predict_ratio": 0.25}),
+        ("--decoder cross --predict_ratio 1", {"predict_ratio": 1.0}),
+        ("--sampler surrogate", {"tries": 25}),
+        ("--sampler surrogate --ns 4 --sp 4", {"tries": 1}),
+        ("--sampler surrogate --tries 40", {"tries": 40}),
         ("--ipe 64 --mini_bs 32 --ex_per_epoch 2048", {"ipe": 64}),
     ],
 )
@@ -227,6 +233,17 @@ REFUSED = [  # flags, and what the line says
     ("--gpus cpu --processes 0", "--processes: "),
     ("--gpus gpu", "--gpus gpu: .*cpu"),
     ("--gpus cpu --processes 4 --mini_bs 3 --ipe 999", "--mini_bs 3: "),
+    ("--tries 8", "--tries 8: needs --sampler surrogate"),
+    ("--sampler surrogate --tries 129", "--tries 129: allowed are 1 to --ns 128"),
+    ("--sampler surrogate --tries 0", "--tries: '0' is not a whole number of at least 1, or -1"),
+    ("--sampler greedy", "--sampler: .*greedy.*exhaustive.*surrogate"),
+    ("--sampler surrogate --ignore_z 1", "--sampler: with --ignore_z 1"),
+    ("--rs_epsilon .1 --ignore_z 1", "--rs_epsilon: with --ignore_z 1"),
+    ("--rs_epsilon -1", "--rs_epsilon: '-1' is not a number of at least 0"),
+    ("--decoder crossed", "--decoder: .*crossed.*self.*cross"),
+    ("--predict_ratio .5", "--predict_ratio 0.5: .*--decoder cross"),
+    ("--decoder cross --predict_ratio .001", "--predict_ratio 0.001: .*at least one"),
+    ("--decoder cross --finetune 1", "--finetune 1: the published weights have no --decoder cross"),
 ]
 
 

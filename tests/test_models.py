@@ -31,6 +31,7 @@ PLACES = [
     for method in ("adain", "local_adain", "add")
     for place in (0, 2, "mask", 3, 4)
 ]
+CROSS = {"decoder": "cross"}
 SEVERAL = [(4, "local_adain"), (1, "adain"), ("mask", "adain"), (2, "add")]
 
 
@@ -88,6 +89,53 @@ def test_prefix_and_suffix_equal_the_whole_network_run_for_every_code(golden, st
         torch.testing.assert_close(masked[n], plain[n][:, removed[n]], atol=1e-5, rtol=1e-5)
     losses = Models.reconstruction_loss(masked, images, mask)
     torch.testing.assert_close(losses, Models.reconstruction_loss(plain, images, mask))
+
+
+@pytest.mark.parametrize("ip_spec", [*PLACES, SEVERAL], ids=str)
+def test_the_cross_decoder_splits_and_predicts_a_share_alike(golden, ip_spec):
+    torch.manual_seed(0)
+    model = Models.build(dataclasses.replace(TINY, ip_spec=tuple(ip_spec), **CROSS))
+    images, noise = golden["imgs"], golden["noise"]
+    codes = model.sample_codes(torch.arange(3), 4)
+    plain = [model(images, noise, codes[:, k : k + 1])[0][:, 0] for k in range(4)]
+    plain = torch.stack(plain, dim=1)  # (N, K, L, P*P*3)
+    assert plain.std(1).mean() > 1e-3, "codes change the predictions"
+    for share, n_predicted in ((1.0, 12), (0.25, 4)):
+        prefix = model.prefix(images, noise, predict_ratio=share)
+        some = model.suffix(prefix, codes)
+        first = noise.argsort(dim=1)[:, 4 : 4 + n_predicted].sort(dim=1).values
+        assert torch.equal(prefix.mask.nonzero()[:, 1].view(3, -1), first)
+        torch.testing.assert_close(some, Models.pick(plain, first), atol=1e-5, rtol=1e-5)
+        expected = (some - Models.pick(Models.patchify(images, 8)[:, None], first)).square()
+        losses = Models.reconstruction_loss(some, images, prefix.mask, norm_pix_loss=False)
+        torch.testing.assert_close(losses, expected.mean((2, 3)))
+
+
+def test_in_the_cross_decoder_masked_patches_do_not_see_each_other(golden):
+    model = Models.build(dataclasses.replace(TINY, **CROSS))
+    prefix = model.prefix(golden["imgs"], golden["noise"])
+    alone = prefix._replace(positions=prefix.positions[:, : 1 + prefix.n_visible + 1])
+    pred, one = model.suffix(prefix, None), model.suffix(alone, None)
+    torch.testing.assert_close(pred[:, :1], one)
+    attended = dataclasses.replace(TINY, decoder="self")
+    model = Models.build(attended)
+    prefix = model.prefix(golden["imgs"], golden["noise"])
+    alone = prefix._replace(positions=alone.positions)
+    difference = model.suffix(prefix, None)[:, :1] - model.suffix(alone, None)
+    assert difference.abs().max() > 1e-4, "MAE's do"
+
+
+def test_a_model_in_lower_precision_is_a_copy_that_computes_nearly_the_same(golden, state):
+    model = tiny_model(state, SEVERAL)
+    low = Models.in_precision(model, torch.bfloat16)
+    assert Models.in_precision(model, torch.float32) is model
+    codes = model.sample_codes(torch.arange(3), 2)
+    pred = low(golden["imgs"], golden["noise"], codes)[0]
+    assert pred.dtype == torch.bfloat16 and model.pos_embed.dtype == torch.float32
+    exact = model(golden["imgs"], golden["noise"], codes)[0]
+    assert (pred - exact).norm() < 0.03 * exact.norm()
+    features = low.encode(golden["imgs"], codes[:, 0]).float()
+    assert (features - model.encode(golden["imgs"], codes[:, 0])).norm() < 0.03 * features.norm()
 
 
 @pytest.mark.parametrize("ip_spec", [*PLACES, SEVERAL], ids=str)
@@ -222,7 +270,10 @@ def test_codes_are_a_pure_function_of_the_image_seed(state):
     codes = model.sample_codes(seeds, 5)
     assert codes.shape == (3, 5, model.code_dim)
     assert torch.equal(codes[0], codes[2]) and not torch.equal(codes[0], codes[1])
-    assert torch.equal(codes[:, 2:4], model.sample_codes(seeds, 2, first=2))
+    numbers = torch.tensor([[2, 3], [4, 0], [1, 1]])
+    assert torch.equal(
+        model.numbered_codes(seeds, numbers), codes[torch.arange(3)[:, None], numbers]
+    )
     many = model.sample_codes(torch.arange(200), 8)
     assert abs(many.mean()) < 0.01 and abs(many.std() - 1) < 0.01
 

@@ -91,7 +91,6 @@ def test_features_are_those_of_each_image_alone(global_pool, ignore_codes):
         indices,
         seeds,
         device=torch.device("cpu"),
-        dtype=torch.float32,
         batch_size=3,
         global_pool=global_pool,
         ignore_codes=ignore_codes,

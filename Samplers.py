@@ -1,0 +1,54 @@
+"""Choosing among many codes without trying each: most are ruled out by what the tried ones tell.
+Pure tensors in and out.
+
+Letters in shapes: N images, S codes per image, k of them tried, Q predicted values."""
+
+import math
+
+import torch
+
+
+def search(attempt, kernel, tries):
+    """Tries `tries` of each image's S codes: a third as they come, then, in rounds of a sixth,
+    those that by `predicted_losses` are the best. attempt(numbers (N,k)) -> residuals (N,k,Q),
+    losses (N,k); kernel (N,S,S) -> numbers (N,tries) of the tried codes, and their losses."""
+    n, n_codes, _ = kernel.shape
+    numbers = torch.arange(n_random(tries), device=kernel.device).expand(n, -1)
+    residuals, losses = attempt(numbers)
+    while (left := tries - numbers.shape[1]) > 0:
+        predicted = predicted_losses(kernel, numbers, residuals)
+        predicted = predicted.nan_to_num(nan=torch.finfo().max).scatter(1, numbers, math.inf)
+        best = predicted.topk(min(left, max(1, tries // 6)), dim=1, largest=False).indices
+        parts = zip((numbers, residuals, losses), (best, *attempt(best)), strict=True)
+        numbers, residuals, losses = (torch.cat(pair, dim=1) for pair in parts)
+    return numbers, losses
+
+
+def n_random(tries):
+    """How many of the tried codes, the first ones, are taken as they come."""
+    return max(1, tries // 3)
+
+
+def kernel_matrix(features):
+    """Linear kernel of codes' features (N,S,F) -> (N,S,S)."""
+    return features.float() @ features.float().transpose(1, 2)
+
+
+def predicted_losses(kernel, numbers, residuals, ridge=0.1):
+    """The squared error (N,S) of every code, were its completion a sum of the tried ones, with the
+    weights of kernel ridge regression (Saunders et al. 1998) around the tried codes' mean.
+
+    kernel (N,S,S); numbers (N,k) of the tried codes, residuals (N,k,Q): prediction minus target;
+    ridge: as a share of the tried codes' mean squared distance from their mean."""
+    n, k = numbers.shape
+    columns = numbers[:, None].expand(-1, k, -1)
+    rows = kernel.gather(1, numbers[:, :, None].expand(-1, -1, kernel.shape[2]))  # (N, k, S)
+    rows = rows - rows.mean(1, keepdim=True)
+    rows = rows - rows.gather(2, columns).mean(2, keepdim=True)
+    among = rows.gather(2, columns)  # (N, k, k)
+    ridge = ridge * among.diagonal(dim1=1, dim2=2).mean(1)[:, None] + 1e-12
+    among = among + torch.diag_embed(ridge.expand(-1, k))
+    weights = torch.linalg.solve_ex(among, rows)[0]  # (N, k, S); `solve` would wait for the device
+    weights = weights + (1 - weights.sum(1, keepdim=True)) / k
+    errors = residuals @ residuals.transpose(1, 2) / residuals.shape[2]  # (N, k, k)
+    return (weights * (errors @ weights)).sum(1)

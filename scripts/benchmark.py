@@ -1,0 +1,60 @@
+"""Measures speed, all candidates side by side in one run: python scripts/benchmark.py WHAT [flags].
+`--help` behind a WHAT lists its flags; --json FILE writes the rows."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+from benchmarks import sampling, train  # noqa: E402 (the line above makes them importable)
+
+from Utils import run_command, write_atomically  # noqa: E402
+
+# Each has add_flags(parser) and measure(args) -> Tables, one by one.
+BENCHMARKS = {"sampling": sampling, "train": train}
+
+
+def print_table(table):
+    """Prints a Table: its title, a row per candidate, its notes."""
+    lines = [[heading for heading, _ in table.columns.values()]]
+    for row in table.rows:
+        lines.append(
+            [
+                "-" if row.get(key) is None else form.format(row[key])
+                for key, (_, form) in table.columns.items()
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"\n{table.title}")
+    for first, *cells in lines:
+        print(first.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), sep="  ")
+    for note in table.notes:
+        print(note)
+    sys.stdout.flush()
+
+
+def main(argv=None):
+    """Runs one benchmark, prints its tables, writes their rows."""
+    parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="WHAT", dest="what")
+    for name, module in BENCHMARKS.items():
+        command = commands.add_parser(name, description=module.__doc__, help=module.__doc__)
+        command.add_argument("--json", metavar="FILE", help="write the rows of all tables there")
+        module.add_flags(command)
+    args = parser.parse_args(argv)
+
+    def measure():
+        rows = []
+        for table in BENCHMARKS[args.what].measure(args):
+            print_table(table)
+            rows += table.rows
+        if args.json:
+            write_atomically(args.json, json.dumps(rows, indent=1).encode())
+
+    run_command(measure)
+
+
+if __name__ == "__main__":
+    main()

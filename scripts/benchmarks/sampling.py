@@ -1,0 +1,196 @@
+"""choosing codes: the plain way, ours exactly, as a run does it, and with fewer tries"""
+
+import copy
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import Data
+from Augmentation import normalize, resize
+from Flags import parse_ip_spec, whole
+from IO import load_model
+from Models import PRESETS, build, in_precision, reconstruction_loss
+from TrainIMLE import choose_codes
+from Utils import InputError, Stream, fastest_dtype, mix_seeds, naming, random_uniform
+
+from .timing import Table, describe, flops, interleaved, matmul, name_of, peak_memory
+
+DEMO = Path(__file__).resolve().parent.parent.parent / "demo"
+COLUMNS = {
+    "name": ("sampler", "{}"),
+    "image_codes_per_sec": ("codes/s", "{:,.1f}"),
+    "images_per_sec": ("images/s", "{:.2f}"),
+    "ratio_to_plain": ("x plain", "{:.2f}"),
+    "share_of_matmul": ("of matmul", "{:.0%}"),
+    "peak_memory_gb": ("peak GB", "{:.2f}"),
+    "regret": ("regret", "{:.2%}"),
+}
+
+
+def add_flags(parser):
+    """The benchmark's flags; sizes that are not given fit the device."""
+    sampling_flags(parser)
+    add = parser.add_argument
+    add("--code_bs", type=whole(1), metavar="IMAGES", help="per pass; default: CPU 4, GPU 32")
+    add("--sp", type=whole(1), metavar="CODES", help="per image and pass; default: CPU 8, GPU 64")
+    add("--repeats", type=whole(1), default=3, metavar="N", help="rounds that count")
+
+
+def sampling_flags(parser):
+    """What the benchmarks of sampling have in common."""
+    add = parser.add_argument
+    add("--arch", choices=PRESETS, default="vit_base", help="of the speed; default: vit_base")
+    add("--ip_spec", nargs="+", metavar="PLACE METHOD", help="default: adain, last encoder block")
+    add("--ns", type=whole(2), metavar="CODES", help="per image; default: CPU 32, GPU 128")
+    add("--input_size", type=whole(1), default=224, metavar="PIXELS", help="side of the images")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--checkpoint", default=str(DEMO / "imle_mnist.pt"), metavar="SOURCE",
+        help="trained model, on which regret is measured")  # fmt: skip
+    add("--data", default=str(DEMO / "mnist_val.tar"), metavar="PATH",
+        help="images for it, as --data_val takes them")  # fmt: skip
+    add("--regret_images", type=whole(1), default=128, metavar="IMAGES", help="of these")
+    add("--regret_ns", type=whole(2), default=128, metavar="CODES", help="and codes per image")
+
+
+def measure(args):
+    """Yields the Table of samplers: speed by random weights at --arch, regret on --checkpoint."""
+    device, cpu = torch.device(args.device), args.device == "cpu"
+    ns, sp = args.ns or (32 if cpu else 128), args.sp or (8 if cpu else 64)
+    model, chunk = random_model(args, args.code_bs or (4 if cpu else 32), device)
+    low = fastest_dtype(device)
+    samplers = {
+        "plain": plain_sampler,
+        "plain, fused attention": partial(plain_sampler, fused=True),
+        "exhaustive, float32": our_sampler,
+        f"default: all, {name_of(low)}": partial(our_sampler, dtype=low),
+        f"surrogate, {name_of(low)}": partial(our_sampler, dtype=low, share=0.2),
+        f"a fifth of the codes, {name_of(low)}": partial(our_sampler, dtype=low, fewer=0.2),
+    }
+    ready = {name: make(model, chunk, ns=ns, sp=sp) for name, make in samplers.items()}
+    products = {dtype: matmul(model, dtype) for dtype in (torch.float32, low)}
+    seconds = interleaved({**ready, **products}, args.repeats, device)
+    regrets = measure_regrets(args, samplers, device)
+    n, rows = len(chunk[0]), []
+    for name, run in ready.items():
+        dtype = low if name_of(low) in name else torch.float32
+        rate = flops(products[dtype]) / seconds[dtype]
+        rows.append(
+            {
+                "name": name,
+                "image_codes_per_sec": n * ns / seconds[name],
+                "images_per_sec": n / seconds[name],
+                "ratio_to_plain": seconds["plain"] / seconds[name],
+                "share_of_matmul": flops(run) / seconds[name] / rate,
+                "peak_memory_gb": peak_memory(run, device),
+                "regret": regrets[name],
+                "arch": args.arch,
+                "code_bs": n,
+                "sp": sp,
+                "ns": ns,
+                "device": describe(device),
+            }
+        )
+    shape = f"{args.arch}, {n} images x {ns} codes, {sp} codes a pass, on {describe(device)}"
+    yield Table(
+        f"Sampling: {shape}",
+        COLUMNS,
+        rows,
+        [
+            "codes/s: codes to choose from, per second; of matmul: the rate of arithmetic, by that "
+            "of the decoder's widest matrix product in the same precision",
+            f"regret: on {args.checkpoint}, {args.regret_images} images x {args.regret_ns} codes",
+        ],
+    )
+
+
+def random_model(args, n, device):
+    """A model of --arch with random weights, and a chunk of n images: images, noise, seeds."""
+    preset = PRESETS[args.arch]
+    if args.input_size % preset.patch_size:
+        raise InputError(f"--input_size {args.input_size}: no multiple of {preset.patch_size}")
+    ip_spec, size = tuple(parse_ip_spec(args.ip_spec, preset)), (args.input_size,) * 2
+    torch.manual_seed(0)
+    model = build(dataclasses.replace(preset, ip_spec=ip_spec, image_size=size)).eval().to(device)
+    length = model.pos_embed.shape[1] - 1
+    chunk = torch.randn(n, 3, *size), torch.rand(n, length), torch.arange(n)
+    return model, [tensor.to(device) for tensor in chunk]
+
+
+def plain_sampler(model, chunk, *, ns, sp, fused=False):
+    """The way of the original: the encoder again for every pass of sp codes, all tokens decoded, in
+    float32; attention written out, as in MAE's time, where not `fused`. -> callable that gives the
+    chosen codes (N, D)."""
+    model = copy.deepcopy(model)
+    for block in (*model.blocks, *getattr(model, "decoder_blocks", ())):
+        block.attn.fused_attn = fused
+
+    @torch.no_grad()
+    def run():
+        images, mask_noise, seeds = chunk
+        codes = model.sample_codes(seeds, ns)
+        losses = [all_losses(model, images, mask_noise, part) for part in codes.split(sp, dim=1)]
+        return codes[torch.arange(len(codes)), torch.cat(losses, dim=1).argmin(1)]
+
+    return run
+
+
+def all_losses(model, images, mask_noise, codes):
+    """The losses (N, k) of codes (N, k, D), all tokens decoded."""
+    pred, mask = model(images, mask_noise, codes)
+    return reconstruction_loss(pred, images, mask, model.config.norm_pix_loss)
+
+
+def our_sampler(model, chunk, *, ns, sp, dtype=torch.float32, share=None, fewer=1.0):
+    """choose_codes, as a run calls it: of `fewer` times ns codes, trying a `share` of them."""
+    model, ns = in_precision(model, dtype), max(1, round(ns * fewer))
+    tries = None if share is None else max(1, round(ns * share))
+    options = {"codes_per_image": ns, "codes_per_pass": sp, "tries": tries}
+    return lambda: choose_codes(model, *chunk, **options)[0]
+
+
+@torch.no_grad()
+def measure_regrets(args, samplers, device):
+    """{name: regret} of samplers on the trained checkpoint: how much more the chosen codes lose, in
+    float32, than the best of all, as a share of what the best gains over the mean."""
+    model, chunk = trained_model(args, device)
+    losses = plain_losses(model, chunk, args.regret_ns)
+    return {
+        name: regret(model, chunk, losses, make(model, chunk, ns=args.regret_ns, sp=16))
+        for name, make in samplers.items()
+    }
+
+
+def trained_model(args, device):
+    """The checkpoint's model and a chunk of the data's images, evenly spaced."""
+    with naming("--checkpoint"):
+        model = load_model(args.checkpoint).eval().to(device)
+        if not model.code_dim:
+            raise InputError(f"{args.checkpoint} has no codes")
+    with naming("--data"):
+        images = Data.open_images(args.data)
+    n = min(args.regret_images, len(images))
+    indices = torch.arange(n) * len(images) // n
+    loader = Data.ImageLoader(images, resize(model.config.image_size), num_workers=0)
+    ((_, pixels),) = loader.chunks(indices, indices, n)
+    noise = random_uniform(mix_seeds(indices, Stream.MASK), model.pos_embed.shape[1] - 1)
+    return model, [normalize(pixels).to(device), noise.to(device), indices.to(device)]
+
+
+@torch.no_grad()
+def plain_losses(model, chunk, ns):
+    """The losses (N, ns) of all codes in float32, the plain way."""
+    images, mask_noise, seeds = chunk
+    codes = model.sample_codes(seeds, ns).split(16, dim=1)
+    return torch.cat([all_losses(model, images, mask_noise, part) for part in codes], dim=1)
+
+
+@torch.no_grad()
+def regret(model, chunk, losses, sampler):
+    """(loss of the chosen codes - loss of the best) / (mean loss - loss of the best), each summed
+    over the images, in float32. losses (N, ns) of all codes."""
+    images, mask_noise, _ = chunk
+    chosen = all_losses(model, images, mask_noise, sampler()[:, None])[:, 0]
+    best = losses.min(1).values
+    return ((chosen - best).sum() / (losses.mean(1) - best).sum()).item()

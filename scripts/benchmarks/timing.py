@@ -1,0 +1,81 @@
+"""What the benchmarks share: timing candidates interleaved, arithmetic, memory, tables."""
+
+import platform
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass
+class Table:
+    """Rows to print and to write: columns maps a row's keys to (heading, format)."""
+
+    title: str
+    columns: dict
+    rows: list
+    notes: list = field(default_factory=list)
+
+
+def interleaved(candidates, repeats, device=None, warmup=1):
+    """The median seconds of each candidate, {name: callable}: all run in turn, `repeats` times
+    after `warmup` rounds that do not count, so that a machine's bad moments hit all alike."""
+    seconds = {name: [] for name in candidates}
+    for round_number in range(warmup + repeats):
+        for name, candidate in candidates.items():
+            start = time.perf_counter()
+            candidate()
+            if device is not None and device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if round_number >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def flops(run):
+    """The floating-point operations of a call, of its matrix products and attention."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
+
+
+def matmul(model, dtype):
+    """The decoder's widest matrix product, for the tokens of 32 completions: a callable."""
+    dim, device = model.config.decoder_dim, model.pos_embed.device
+    tokens = torch.randn(32 * model.pos_embed.shape[1], dim, device=device).to(dtype)
+    weights = torch.randn(4 * dim, dim, device=device).to(dtype)
+    return lambda: F.linear(tokens, weights)
+
+
+def peak_memory(run, device):
+    """The most memory in GB that is held during a call: on a GPU of torch's, on Linux of the
+    process; None elsewhere."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    except OSError:
+        return None
+    run()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
+
+
+def describe(device):
+    """A device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} threads of a {platform.machine()} CPU"
+
+
+def name_of(dtype):
+    """bfloat16 for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")

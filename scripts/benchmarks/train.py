@@ -1,0 +1,104 @@
+"""a gradient step: the plain way, ours, and ours as a run does it, in mixed precision"""
+
+import copy
+from functools import partial
+
+import torch
+
+from Data import Batch, Pool
+from Flags import whole
+from Models import PRESETS, parameter_groups, reconstruction_loss
+from TrainIMLE import train_step
+from Utils import fastest_dtype
+
+from .sampling import random_model
+from .timing import Table, describe, flops, interleaved, matmul, name_of, peak_memory
+
+COLUMNS = {
+    "name": ("gradient step", "{}"),
+    "images_per_sec": ("images/s", "{:,.2f}"),
+    "ratio_to_plain": ("x plain", "{:.2f}"),
+    "share_of_matmul": ("of matmul", "{:.0%}"),
+    "peak_memory_gb": ("peak GB", "{:.2f}"),
+}
+
+
+def add_flags(parser):
+    """The benchmark's flags."""
+    add = parser.add_argument
+    add("--arch", choices=PRESETS, default="vit_base", help="default: vit_base")
+    add("--ip_spec", nargs="+", metavar="PLACE METHOD", help="default: adain, last encoder block")
+    add("--input_size", type=whole(1), default=224, metavar="PIXELS", help="side of the images")
+    add("--mini_bs", type=whole(1), metavar="IMAGES", help="default: CPU 8, GPU 64")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--repeats", type=whole(1), default=5, metavar="N", help="rounds that count")
+
+
+def measure(args):
+    """Yields the Table of gradient steps, optimizer included, by random weights at --arch."""
+    device = torch.device(args.device)
+    n = args.mini_bs or (8 if device.type == "cpu" else 64)
+    model, (_, mask_noise, seeds) = random_model(args, n, device)
+    low = fastest_dtype(device)
+    images = torch.randint(0, 256, (n, 3, *model.config.image_size), dtype=torch.uint8)
+    codes = model.sample_codes(seeds, 1)[:, 0].cpu()
+    rows = torch.arange(n)
+    pool = Pool(None, 0, rows, rows, mask_noise.cpu(), images, shuffle=True, seed=0)
+    batch = Batch(pool, rows, codes, rows, step=0)
+    steps = {
+        "plain, float32": plain_step(copy.deepcopy(model), batch, device),
+        "ours, float32": our_step(copy.deepcopy(model), batch, device, torch.float32),
+        f"ours, {name_of(low)} autocast": our_step(model, batch, device, low),
+    }
+    products = {dtype: matmul(model, dtype) for dtype in (torch.float32, low)}
+    seconds = interleaved({**steps, **products}, args.repeats, device)
+    table = []
+    for name, step in steps.items():
+        dtype = torch.float32 if "float32" in name else low
+        rate = flops(products[dtype]) / seconds[dtype]
+        table.append(
+            {
+                "name": name,
+                "images_per_sec": n / seconds[name],
+                "ratio_to_plain": seconds["plain, float32"] / seconds[name],
+                "share_of_matmul": flops(step) / seconds[name] / rate,
+                "peak_memory_gb": peak_memory(step, device),
+                "arch": args.arch,
+                "mini_bs": n,
+                "device": describe(device),
+            }
+        )
+    yield Table(f"Training: {args.arch}, {n} images a step, on {describe(device)}", COLUMNS, table)
+
+
+def plain_step(model, batch, device):
+    """A step as the original's: all tokens decoded, attention written out, torch's plain AdamW."""
+    for block in (*model.blocks, *model.decoder_blocks):
+        block.attn.fused_attn = False
+    groups = parameter_groups(model, 0.05)
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, foreach=False, fused=False)
+
+    def step():
+        images, mask_noise, codes = batch.to(device)
+        optimizer.zero_grad()
+        pred, mask = model(images, mask_noise, codes)
+        reconstruction_loss(pred, images, mask, model.config.norm_pix_loss).mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def our_step(model, batch, device, dtype):
+    """train_step, as a run calls it."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    options = {
+        "optimizer": optimizer,
+        "scaler": scaler,
+        "batch_size": len(batch.rows),
+        "parts": 1,
+        "dtype": dtype,
+        "masking": {},
+        "clip_grad": 0.0,
+    }
+    return partial(train_step, model, batch, {"mae": 1e-4, "z": 1e-4}, **options)
