@@ -343,6 +343,21 @@ class ImageLoader:
         yield from zip(slices, self.loader, strict=True)
 
 
+def copied(chunks, device):
+    """Passes chunks (rows, images) on as (rows, images, images on the device); on a GPU they are
+    copied while it still computes on those before."""
+    if device.type != "cuda":
+        yield from ((rows, images, images.to(device)) for rows, images in chunks)
+        return
+    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for rows, images in chunks:
+        with torch.cuda.stream(copying):
+            on_device = images.to(device, non_blocking=True)
+        computing.wait_stream(copying)
+        on_device.record_stream(computing)  # else its memory could be given away too early
+        yield rows, images, on_device
+
+
 # -------------------------------------------------------------------------------------------------
 # An epoch's pool of images, and its minibatches.
 

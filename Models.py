@@ -440,9 +440,13 @@ class ImplicitMAE(nn.Module):
 
     def _embed(self, images, positions):
         """images (N,3,H,W) -> class token and the patches at positions[:, 1:], embedded: (N, 1, T,
-        C)."""
-        patches = self.patch_embed(images.to(self.pos_embed.dtype)) + self.pos_embed[:, 1:]
-        patches = pick(patches[:, None], positions[:, 1:] - 1)
+        C). Other patches are not: a matrix product of the wanted ones stands for the
+        convolution."""
+        places, convolution = positions[:, 1:], self.patch_embed.proj
+        weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)  # (C, P*P*3)
+        patches = patchify(images.to(weight.dtype), self.config.patch_size)
+        patches = pick(patches[:, None], places - 1)
+        patches = F.linear(patches, weight, convolution.bias) + self.pos_embed[0][places][:, None]
         class_token = (self.cls_token + self.pos_embed[:, :1])[None].expand(len(images), -1, -1, -1)
         return torch.cat([class_token, patches], dim=2)
 

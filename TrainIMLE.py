@@ -223,10 +223,11 @@ def choose_pool_codes(
     what, after_each = ("sampling codes", forecast) if choosing else ("loading", None)
     fast_model = in_precision(model, dtype) if choosing else None
     start = time.perf_counter()
-    for rows, images in IO.watch(chunks, what, n, after_each=after_each):
+    chunks = Data.copied(chunks, device)
+    for rows, images, on_device in IO.watch(chunks, what, n, after_each=after_each):
         pool.images[rows] = images
         if choosing:
-            chunk = (images, pool.mask_noise[rows], pool.seeds[rows])
+            chunk = (on_device, pool.mask_noise[rows], pool.seeds[rows])
             codes[rows], losses[rows] = choose_chunk_codes(fast_model, *chunk, **options)
     sum_over_processes(pool.images, codes, losses)
     if choosing:
@@ -246,11 +247,10 @@ def choose_pool_codes(
 def choose_chunk_codes(
     model, images, mask_noise, seeds, *, mask_ratio, predict_ratio=1.0, **options
 ):
-    """choose_codes for uint8 images from the host: codes (N, D); losses (N, 3) of the chosen code,
-    averaged over codes, and without code."""
-    device = model.pos_embed.device
-    images = normalize(images.to(device, non_blocking=True))
-    mask_noise, seeds = mask_noise.to(device), seeds.to(device)
+    """choose_codes for uint8 images: codes (N, D); losses (N, 3) of the chosen code, averaged over
+    codes, and without code."""
+    images = normalize(images)
+    mask_noise, seeds = mask_noise.to(images.device), seeds.to(images.device)
     prefix = model.prefix(images, mask_noise, mask_ratio, predict_ratio)
     codes, best, mean = choose_codes(model, images, mask_noise, seeds, prefix=prefix, **options)
     plain = image_losses(model, model.suffix(prefix, None), images, prefix.mask)

@@ -236,6 +236,7 @@ REFUSED = [  # flags, and what the line says
     ("--tries 8", "--tries 8: needs --sampler surrogate"),
     ("--sampler surrogate --tries 129", "--tries 129: allowed are 1 to --ns 128"),
     ("--sampler surrogate --tries 0", "--tries: '0' is not a whole number of at least 1, or -1"),
+    ("--sampler surrogate --ip_spec 3 adain 4 add", "--sampler surrogate: .*add"),
     ("--sampler greedy", "--sampler: .*greedy.*exhaustive.*surrogate"),
     ("--sampler surrogate --ignore_z 1", "--sampler: with --ignore_z 1"),
     ("--rs_epsilon .1 --ignore_z 1", "--rs_epsilon: with --ignore_z 1"),

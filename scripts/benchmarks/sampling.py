@@ -1,6 +1,5 @@
 """choosing codes: the plain way, ours exactly, as a run does it, and with fewer tries"""
 
-import copy
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -9,13 +8,14 @@ import torch
 
 import Data
 from Augmentation import normalize, resize
-from Flags import parse_ip_spec, whole
+from Flags import whole
 from IO import load_model
 from Models import PRESETS, build, in_precision, reconstruction_loss
 from TrainIMLE import choose_codes
 from Utils import InputError, Stream, fastest_dtype, mix_seeds, naming, random_uniform
 
-from .timing import Table, describe, flops, interleaved, matmul, name_of, peak_memory
+from .plain import plain_losses, plain_model
+from .timing import Table, added_memory, describe, flops, interleaved, matmul, name_of
 
 DEMO = Path(__file__).resolve().parent.parent.parent / "demo"
 COLUMNS = {
@@ -24,7 +24,7 @@ COLUMNS = {
     "images_per_sec": ("images/s", "{:.2f}"),
     "ratio_to_plain": ("x plain", "{:.2f}"),
     "share_of_matmul": ("of matmul", "{:.0%}"),
-    "peak_memory_gb": ("peak GB", "{:.2f}"),
+    "added_memory_gb": ("+ GB", "{:.2f}"),
     "regret": ("regret", "{:.2%}"),
 }
 
@@ -33,25 +33,25 @@ def add_flags(parser):
     """The benchmark's flags; sizes that are not given fit the device."""
     sampling_flags(parser)
     add = parser.add_argument
+    add("--regret_ns", type=whole(2), default=128, metavar="CODES", help="per image, for regret")
     add("--code_bs", type=whole(1), metavar="IMAGES", help="per pass; default: CPU 4, GPU 32")
     add("--sp", type=whole(1), metavar="CODES", help="per image and pass; default: CPU 8, GPU 64")
     add("--repeats", type=whole(1), default=3, metavar="N", help="rounds that count")
 
 
-def sampling_flags(parser):
+def sampling_flags(parser, ns=None, regret_images=128):
     """What the benchmarks of sampling have in common."""
     add = parser.add_argument
     add("--arch", choices=PRESETS, default="vit_base", help="of the speed; default: vit_base")
-    add("--ip_spec", nargs="+", metavar="PLACE METHOD", help="default: adain, last encoder block")
-    add("--ns", type=whole(2), metavar="CODES", help="per image; default: CPU 32, GPU 128")
+    add("--ns", type=whole(2), default=ns, metavar="CODES",
+        help=f"per image; default: {ns or 'CPU 32, GPU 128'}")  # fmt: skip
     add("--input_size", type=whole(1), default=224, metavar="PIXELS", help="side of the images")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--checkpoint", default=str(DEMO / "imle_mnist.pt"), metavar="SOURCE",
         help="trained model, on which regret is measured")  # fmt: skip
     add("--data", default=str(DEMO / "mnist_val.tar"), metavar="PATH",
         help="images for it, as --data_val takes them")  # fmt: skip
-    add("--regret_images", type=whole(1), default=128, metavar="IMAGES", help="of these")
-    add("--regret_ns", type=whole(2), default=128, metavar="CODES", help="and codes per image")
+    add("--regret_images", type=whole(1), default=regret_images, metavar="N", help="of these")
 
 
 def measure(args):
@@ -71,7 +71,8 @@ def measure(args):
     ready = {name: make(model, chunk, ns=ns, sp=sp) for name, make in samplers.items()}
     products = {dtype: matmul(model, dtype) for dtype in (torch.float32, low)}
     seconds = interleaved({**ready, **products}, args.repeats, device)
-    regrets = measure_regrets(args, samplers, device)
+    ours = {name: make for name, make in samplers.items() if not name.startswith("plain")}
+    regrets = measure_regrets(args, ours, device, args.regret_ns)
     n, rows = len(chunk[0]), []
     for name, run in ready.items():
         dtype = low if name_of(low) in name else torch.float32
@@ -83,8 +84,8 @@ def measure(args):
                 "images_per_sec": n / seconds[name],
                 "ratio_to_plain": seconds["plain"] / seconds[name],
                 "share_of_matmul": flops(run) / seconds[name] / rate,
-                "peak_memory_gb": peak_memory(run, device),
-                "regret": regrets[name],
+                "added_memory_gb": added_memory(run, device),
+                "regret": regrets.get(name, 0.0),
                 "arch": args.arch,
                 "code_bs": n,
                 "sp": sp,
@@ -106,11 +107,12 @@ def measure(args):
 
 
 def random_model(args, n, device):
-    """A model of --arch with random weights, and a chunk of n images: images, noise, seeds."""
+    """A model of --arch with random weights and AdaIN at its last encoder block, and a chunk of n
+    images: images, noise, seeds."""
     preset = PRESETS[args.arch]
     if args.input_size % preset.patch_size:
         raise InputError(f"--input_size {args.input_size}: no multiple of {preset.patch_size}")
-    ip_spec, size = tuple(parse_ip_spec(args.ip_spec, preset)), (args.input_size,) * 2
+    ip_spec, size = ((preset.depth - 1, "adain"),), (args.input_size,) * 2
     torch.manual_seed(0)
     model = build(dataclasses.replace(preset, ip_spec=ip_spec, image_size=size)).eval().to(device)
     length = model.pos_embed.shape[1] - 1
@@ -120,26 +122,17 @@ def random_model(args, n, device):
 
 def plain_sampler(model, chunk, *, ns, sp, fused=False):
     """The way of the original: the encoder again for every pass of sp codes, all tokens decoded, in
-    float32; attention written out, as in MAE's time, where not `fused`. -> callable that gives the
-    chosen codes (N, D)."""
-    model = copy.deepcopy(model)
-    for block in (*model.blocks, *getattr(model, "decoder_blocks", ())):
-        block.attn.fused_attn = fused
+    float32, attention written out where not `fused`. -> callable: the chosen codes (N, D)."""
+    model = plain_model(model, fused)
 
     @torch.no_grad()
     def run():
         images, mask_noise, seeds = chunk
         codes = model.sample_codes(seeds, ns)
-        losses = [all_losses(model, images, mask_noise, part) for part in codes.split(sp, dim=1)]
+        losses = [plain_losses(model, images, mask_noise, part) for part in codes.split(sp, dim=1)]
         return codes[torch.arange(len(codes)), torch.cat(losses, dim=1).argmin(1)]
 
     return run
-
-
-def all_losses(model, images, mask_noise, codes):
-    """The losses (N, k) of codes (N, k, D), all tokens decoded."""
-    pred, mask = model(images, mask_noise, codes)
-    return reconstruction_loss(pred, images, mask, model.config.norm_pix_loss)
 
 
 def our_sampler(model, chunk, *, ns, sp, dtype=torch.float32, share=None, fewer=1.0):
@@ -151,13 +144,14 @@ def our_sampler(model, chunk, *, ns, sp, dtype=torch.float32, share=None, fewer=
 
 
 @torch.no_grad()
-def measure_regrets(args, samplers, device):
-    """{name: regret} of samplers on the trained checkpoint: how much more the chosen codes lose, in
-    float32, than the best of all, as a share of what the best gains over the mean."""
+def measure_regrets(args, samplers, device, ns):
+    """{name: regret} of samplers on the trained checkpoint, with ns codes per image: how much more
+    the chosen codes lose, in float32, than the best of all, as a share of what the best gains over
+    the mean."""
     model, chunk = trained_model(args, device)
-    losses = plain_losses(model, chunk, args.regret_ns)
+    losses = all_losses(model, *chunk[:2], model.sample_codes(chunk[2], ns))
     return {
-        name: regret(model, chunk, losses, make(model, chunk, ns=args.regret_ns, sp=16))
+        name: regret(model, chunk, losses, make(model, chunk, ns=ns, sp=16))
         for name, make in samplers.items()
     }
 
@@ -178,12 +172,13 @@ def trained_model(args, device):
     return model, [normalize(pixels).to(device), noise.to(device), indices.to(device)]
 
 
-@torch.no_grad()
-def plain_losses(model, chunk, ns):
-    """The losses (N, ns) of all codes in float32, the plain way."""
-    images, mask_noise, seeds = chunk
-    codes = model.sample_codes(seeds, ns).split(16, dim=1)
-    return torch.cat([all_losses(model, images, mask_noise, part) for part in codes], dim=1)
+def all_losses(model, images, mask_noise, codes):
+    """The losses (N, k) of codes (N, k, D) in float32, all tokens decoded, 16 codes at a time."""
+    losses = []
+    for part in codes.split(16, dim=1):
+        pred, mask = model(images, mask_noise, part)
+        losses.append(reconstruction_loss(pred, images, mask, model.config.norm_pix_loss))
+    return torch.cat(losses, dim=1)
 
 
 @torch.no_grad()

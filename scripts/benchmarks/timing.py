@@ -1,5 +1,6 @@
 """What the benchmarks share: timing candidates interleaved, arithmetic, memory, tables."""
 
+import ctypes
 import platform
 import statistics
 import time
@@ -52,20 +53,28 @@ def matmul(model, dtype):
     return lambda: F.linear(tokens, weights)
 
 
-def peak_memory(run, device):
-    """The most memory in GB that is held during a call: on a GPU of torch's, on Linux of the
-    process; None elsewhere."""
+def added_memory(run, device):
+    """The most memory in GB that a call holds besides what was held before: on a GPU of torch's, on
+    Linux of the process; None elsewhere."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         run()
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**30
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    except OSError:
+    except (OSError, AttributeError):
         return None
+    before = process_memory("VmRSS")
     run()
+    return process_memory("VmHWM") - before
+
+
+def process_memory(name):
+    """A field of /proc/self/status in GB."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith("VmHWM"))
+    (line,) = (line for line in lines if line.startswith(f"{name}:"))
     return int(line.split()[1]) / 2**20
 
 
