@@ -1,7 +1,6 @@
 """Measures speed, all candidates side by side in one run: python scripts/benchmark.py WHAT [flags].
 `--help` behind a WHAT lists its flags; --json FILE writes the rows."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from benchmarks import frontier, sampling, train  # noqa: E402 (the line above makes them importable)
 
+from Flags import Parser  # noqa: E402
 from Utils import run_command, write_atomically  # noqa: E402
 
 # Each has add_flags(parser) and measure(args) -> Tables, one by one.
@@ -37,13 +37,15 @@ def print_table(table):
 
 def main(argv=None):
     """Runs one benchmark, prints its tables, writes their rows."""
-    parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__)
+    parser = Parser(prog="benchmark.py", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="WHAT", dest="what")
     for name, module in BENCHMARKS.items():
         command = commands.add_parser(name, description=module.__doc__, help=module.__doc__)
         command.add_argument("--json", metavar="FILE", help="write the rows of all tables there")
         module.add_flags(command)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]}")
 
     def measure():
         rows = []

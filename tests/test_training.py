@@ -409,6 +409,21 @@ def test_two_processes_train_the_same_run_as_one(tiny_run, tmp_path):
     assert_same_run(tiny_run, run_folder(tmp_path), tolerance=1e-5)
 
 
+def test_the_cross_decoder_and_the_surrogate_train_the_same_run_in_two_processes(tmp_path):
+    flags = [*TINY, "--decoder", "cross", "--sampler", "surrogate", "--ns", 12, "--tries", 6]
+    flags += ["--epochs", 1, "--rs_epsilon", 0.01, "--steps_per_eval", 2, "--uid", "cross"]
+    for processes in (1, 2):
+        command(*flags, "--processes", processes, "--save_folder", tmp_path / str(processes))
+    alone, together = (run_folder(tmp_path / str(processes)) for processes in (1, 2))
+    assert_same_run(alone, together, tolerance=1e-5)
+    (epoch,) = (r for r in metrics(alone) if "pretrain/loss_tr" in r)
+    assert epoch["sampling/end_losses"] <= epoch["sampling/first_losses"]
+    model = IO.load_model(final_path(alone))
+    assert isinstance(model.decoder_blocks[0], Models.CrossBlock)
+    done = command(*flags, "--decoder", "self", "--save_folder", tmp_path / "1", check=False)
+    assert done.returncode == 2 and "--decoder was cross, is self" in done.stderr
+
+
 def test_a_plain_mae_samples_nothing_and_is_evaluated_as_one(tmp_path):
     command(*TINY, "--ignore_z", 1, "--epochs", 1, "--save_folder", tmp_path)
     records = metrics(run_folder(tmp_path))

@@ -119,6 +119,23 @@ def test_an_encoder_alone_gets_a_fresh_decoder_and_says_so(tmp_path, state, caps
     assert (published.decoder_dim, published.decoder_depth) == (512, 8)
 
 
+def test_the_decoder_of_weights_is_known_and_another_one_is_refused(tmp_path, state, capsys):
+    with pytest.raises(InputError, match="decoder 'self', not 'cross'.*--finetune 0"):
+        Weights.load_model(GOLDEN / "mae_tiny.pth", **HEADS, decoder="cross")
+    encoder = {n: t for n, t in state.items() if "decoder" not in n and n != "mask_token"}
+    torch.save({"model": encoder}, tmp_path / "encoder.pth")
+    options = {"decoder": "cross", "decoder_dim": 32, "decoder_depth": 2}
+    model = Weights.load_model(tmp_path / "encoder.pth", **HEADS, **options)
+    assert "the decoder starts fresh" in capsys.readouterr().out
+    torch.save(model.state_dict(), tmp_path / "cross.pth")  # bare, without its config
+    again = Weights.load_model(tmp_path / "cross.pth", **HEADS)
+    assert again.config.decoder == "cross"
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    torch.testing.assert_close(again(images, noise)[0], model(images, noise)[0])
+    with pytest.raises(InputError, match="decoder 'cross', not 'self'"):
+        Weights.load_model(tmp_path / "cross.pth", **HEADS, decoder="self")
+
+
 def test_a_bare_state_dict_that_is_no_square_is_recognised_by_its_position_embedding(tmp_path):
     config = dataclasses.replace(tiny_config(), image_size=(24, 48))
     model = Models.build(config)

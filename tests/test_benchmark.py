@@ -1,0 +1,84 @@
+"""The benchmarks, tiny: they run, and what they compare computes the same."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, command
+from PIL import Image
+
+import IO
+import Models
+
+sys.path.append(str(ROOT / "scripts"))
+from benchmarks.plain import plain_losses, plain_model  # noqa: E402 (the line above)
+
+PROGRAM = (sys.executable, "scripts/benchmark.py")
+TINY = "--arch vit_demo --input_size 28 --repeats 1 --device cpu".split()
+REGRET = "--regret_images 32 --ns 64".split()
+
+
+def rows(path):
+    return {(row["name"], row.get("tries")): row for row in json.loads(path.read_text())}
+
+
+def test_the_benchmark_of_sampling_compares_speed_and_regret(tmp_path):
+    options = [*TINY, *REGRET, "--regret_ns", 64, "--json", tmp_path / "rows.json"]
+    done = command("sampling", *options, program=PROGRAM)
+    found = {name: row for (name, _), row in rows(tmp_path / "rows.json").items()}
+    assert all(name in done.stdout for name in found)
+    for name, row in found.items():
+        assert row["image_codes_per_sec"] > 0 and row["share_of_matmul"] > 0, name
+        assert row["images_per_sec"] == pytest.approx(row["image_codes_per_sec"] / 64)
+    assert found["plain"]["ratio_to_plain"] == 1
+    assert found["exhaustive, float32"]["regret"] == pytest.approx(0, abs=1e-6)
+    (surrogate,) = (row["regret"] for name, row in found.items() if "surrogate" in name)
+    (default,) = (row["regret"] for name, row in found.items() if "default" in name)
+    (fewer,) = (row["regret"] for name, row in found.items() if "a fifth of" in name)
+    assert default < 0.01 and surrogate < fewer / 2
+
+
+def test_the_frontier_is_a_picture_of_regret_over_time(tmp_path):
+    options = [*TINY, *REGRET, "--tries", 8, 24, "--json", tmp_path / "rows.json"]
+    command("frontier", *options, "--out", tmp_path / "frontier.png", program=PROGRAM)
+    found = rows(tmp_path / "rows.json")
+    kinds = {("all codes", 64)} | {(k, n) for k in ("fewer codes", "surrogate") for n in (8, 24)}
+    assert found.keys() == kinds
+    assert found["surrogate", 24]["regret"] < found["fewer codes", 24]["regret"]
+    assert Image.open(tmp_path / "frontier.png").size[0] > 500
+
+
+def test_the_benchmark_of_training_compares_steps(tmp_path):
+    command("train", *TINY, "--json", tmp_path / "rows.json", program=PROGRAM)
+    found = rows(tmp_path / "rows.json").values()
+    assert len(found) == 3 and all(row["images_per_sec"] > 0 for row in found)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_plain_way_computes_what_the_model_does(norm_pix_loss, fused):
+    model = IO.load_model(ROOT / "demo/imle_mnist.pt", norm_pix_loss=norm_pix_loss)
+    torch.manual_seed(0)
+    images, noise = torch.randn(3, 3, 28, 28), torch.rand(3, 49)
+    codes = model.sample_codes(torch.arange(3), 4)
+    plain = plain_losses(plain_model(model, fused), images, noise, codes)
+    pred, mask = model(images, noise, codes, masked_only=True)
+    torch.testing.assert_close(plain, Models.reconstruction_loss(pred, images, mask, norm_pix_loss))
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (["sampling", "--checkpoint", "nowhere.pt"], "--checkpoint: nowhere.pt"),
+        (["sampling", "--data", "nowhere"], "--data: nowhere"),
+        (["frontier", "--checkpoint", "tests/golden/hf_vitmae_tiny"], "has no codes"),
+        (["train", "--input_size", "30"], "--input_size 30"),
+        (["train", "--arch", "vit_giant"], "--arch"),
+    ],
+)
+def test_bad_input_ends_in_one_line(options, named):
+    small = [*TINY[:4], *TINY[6:], *("--ns 2".split() if options[0] != "train" else [])]
+    done = command(options[0], *small, *options[1:], program=PROGRAM, check=False)
+    assert done.returncode == 2 and named in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
