@@ -8,16 +8,24 @@ import math
 import torch
 
 
-def search(attempt, kernel, tries):
+def ranks(losses, rs_epsilon=0.0):
+    """losses (N,k) as codes compete by them, the lowest first: one that is not finite never wins;
+    those below rs_epsilon come behind all others, the highest first (RS-IMLE, Vashist et al. 2024:
+    samples nearer than epsilon are rejected, so that training meets the codes that inference
+    will)."""
+    losses = torch.where(losses.isfinite(), losses, math.inf).double()
+    return torch.where(losses < rs_epsilon, 1e9 - losses, losses)
+
+
+def search(attempt, kernel, tries, rs_epsilon=0.0):
     """Tries `tries` of each image's S codes: a third as they come, then, in rounds of a sixth,
-    those that by `predicted_losses` are the best. attempt(numbers (N,k)) -> residuals (N,k,Q),
-    losses (N,k); kernel (N,S,S) -> numbers (N,tries) of the tried codes, and their losses."""
-    n, n_codes, _ = kernel.shape
-    numbers = torch.arange(n_random(tries), device=kernel.device).expand(n, -1)
+    those that rank first by `predicted_losses`. attempt(numbers (N,k)) -> residuals (N,k,Q), losses
+    (N,k); kernel (N,S,S) -> numbers (N,tries) of the tried codes, and their losses."""
+    numbers = torch.arange(n_random(tries), device=kernel.device).expand(len(kernel), -1)
     residuals, losses = attempt(numbers)
     while (left := tries - numbers.shape[1]) > 0:
-        predicted = predicted_losses(kernel, numbers, residuals)
-        predicted = predicted.nan_to_num(nan=torch.finfo().max).scatter(1, numbers, math.inf)
+        predicted = ranks(predicted_losses(kernel, numbers, residuals), rs_epsilon)
+        predicted = predicted.clamp(max=1e18).scatter(1, numbers, math.inf)  # none is tried twice
         best = predicted.topk(min(left, max(1, tries // 6)), dim=1, largest=False).indices
         parts = zip((numbers, residuals, losses), (best, *attempt(best)), strict=True)
         numbers, residuals, losses = (torch.cat(pair, dim=1) for pair in parts)

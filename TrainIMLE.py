@@ -112,8 +112,8 @@ def choose_codes(
 
     images (N,3,H,W) normalised, mask_noise (N,L), seeds (N,) int64 -> chosen codes (N,D), their
     losses (N,), the mean loss over all codes (N,), over those tried at random with `tries`.
-    rs_epsilon: see `ranks`. `prefix`: model.prefix of these images (the network up to the first
-    injection, once per image), where it is known."""
+    rs_epsilon: see Samplers.ranks. `prefix`: model.prefix of these images (the network up to the
+    first injection, once per image), where it is known."""
     if prefix is None:
         prefix = model.prefix(images, mask_noise, mask_ratio, predict_ratio)
     attempt = partial(try_codes, model, prefix, images, seeds, codes_per_pass)
@@ -124,20 +124,12 @@ def choose_codes(
     else:
         features = model.code_features(model.numbered_codes(seeds, numbers))
         kernel = Samplers.kernel_matrix(features)
-        numbers, losses = Samplers.search(partial(attempt, keep=True), kernel, tries)
+        attempt = partial(attempt, keep=True)
+        numbers, losses = Samplers.search(attempt, kernel, tries, rs_epsilon)
         mean = losses[:, : Samplers.n_random(tries)].mean(1)
-    choice = ranks(losses, rs_epsilon).argmin(1, keepdim=True)  # (N, 1)
+    choice = Samplers.ranks(losses, rs_epsilon).argmin(1, keepdim=True)  # (N, 1)
     codes = model.numbered_codes(seeds, numbers.gather(1, choice))
     return codes[:, 0], losses.gather(1, choice)[:, 0], mean
-
-
-def ranks(losses, rs_epsilon=0.0):
-    """losses (N,k) as codes compete by them, the lowest first: one that is not finite never wins;
-    those below rs_epsilon come behind all others, the highest first (RS-IMLE, Vashist et al. 2024,
-    section 4: a sample nearer than epsilon is rejected, so that training meets the codes that
-    inference will)."""
-    losses = torch.where(losses.isfinite(), losses, math.inf).double()
-    return torch.where(losses < rs_epsilon, 1e9 - losses, losses)
 
 
 def try_codes(model, prefix, images, seeds, codes_per_pass, numbers, keep=False):

@@ -134,6 +134,20 @@ def test_the_surrogate_chooses_nearly_as_well_as_all_codes_by_a_fifth_of_the_tri
 
 
 @torch.no_grad()
+def test_the_surrogate_looks_for_codes_that_are_not_too_near(model):
+    torch.manual_seed(0)
+    chunk = torch.randn(12, 3, 28, 28), torch.rand(12, 49), torch.arange(12)
+    losses = brute_force(model, *chunk, 64)
+    epsilon = losses.quantile(0.3).item()
+    options = {"codes_per_image": 64, "codes_per_pass": 16, "rs_epsilon": epsilon}
+    _, expected, _ = TrainIMLE.choose_codes(model, *chunk, **options)
+    _, chosen, _ = TrainIMLE.choose_codes(model, *chunk, **options, tries=24)
+    eligible = (losses >= epsilon).any(1)
+    assert eligible.sum() > 8 and (chosen[eligible] >= epsilon).all()
+    assert ((chosen - expected) / losses.std(1))[eligible].mean() < 0.3
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("tries", [1, 2, 5, 10])
 def test_the_surrogate_never_tries_a_code_twice_and_takes_the_nearest_of_the_tried(
     model, chunk, tries
