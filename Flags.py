@@ -183,7 +183,8 @@ def training_parser():
         help="in which a process computes its share of a gradient step")
     add("--ns", type=whole(1), default=128, metavar="CODES", help="tried per image")
     add("--code_bs", type=whole(1), default=32, metavar="IMAGES", help="per sampling pass")
-    add("--sp", type=whole(1), default=64, metavar="CODES", help="per image and sampling pass")
+    add("--sp", type=whole(1), default=64, metavar="CODES",
+        help="per image and sampling pass, at most; on a CPU as many as its cache likes")
     add("--sampler", choices=("exhaustive", "surrogate"), default="exhaustive",
         help="exhaustive: try all --ns codes; surrogate: try --tries of them, most of which a "
         "regression on those tried before takes for the best")
