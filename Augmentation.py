@@ -1,4 +1,7 @@
-"""Transforms from Pillow images to uint8 tensors, and between those and what the network sees."""
+"""Transforms from images to uint8 tensors, and between those and what the network sees.
+
+An image is Pillow's, or uint8 (3, H, W): transforms draw the same random numbers for both, and
+differ by rounding."""
 
 import functools
 
@@ -11,8 +14,8 @@ STD = (0.229, 0.224, 0.225)
 
 
 def augment(size):
-    """MAE's pretraining augmentation (appendix A.1): Pillow image -> uint8 (3, H, W), randomly
-    cropped and flipped."""
+    """MAE's pretraining augmentation (appendix A.1): image -> uint8 (3, H, W), randomly cropped and
+    flipped."""
     return T.Compose(
         [
             T.RandomResizedCrop(size, scale=(0.2, 1), interpolation=InterpolationMode.BICUBIC),
@@ -23,19 +26,20 @@ def augment(size):
 
 
 def resize(size):
-    """Pillow image -> uint8 (3, H, W): the whole image, its proportions given up."""
+    """Image -> uint8 (3, H, W): the whole image, its proportions given up."""
     return T.Compose([T.Resize(size, InterpolationMode.BICUBIC), T.PILToTensor()])
 
 
 def center_crop(size):
-    """MAE's test transform, Pillow image -> uint8 (3, H, W): resized to 256/224 of `size`, then its
+    """MAE's test transform, image -> uint8 (3, H, W): resized to 256/224 of `size`, then its
     centre."""
 
     def fit(image):
-        scale = max(size[0] / image.height, size[1] / image.width) * 256 / 224
+        height, width = T.functional.get_size(image)
+        scale = max(size[0] / height, size[1] / width) * 256 / 224
         new_size = [
             max(length, round(old * scale))
-            for length, old in zip(size, image.size[::-1], strict=True)
+            for length, old in zip(size, (height, width), strict=True)
         ]
         return T.functional.resize(image, new_size, InterpolationMode.BICUBIC)
 

@@ -1,0 +1,427 @@
+"""Where images lie: in a folder, a TAR, an LMDB. Each gives the same classes, order and bytes, and
+holds nothing in memory that grows with the number of images."""
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import os
+import struct
+import tarfile
+import tempfile
+import weakref
+import zlib
+from functools import cached_property
+from pathlib import Path
+
+import lmdb
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from Archives import BLOCK, TarMembers, check_classes
+from Utils import InputError, say, write_atomically
+
+
+class ImageError(InputError):
+    """An image that can't be read."""
+
+
+class Images(Dataset):
+    """Encoded images in classes, in ImageFolder's order: by class, folder and file name. Items are
+    (image, target).
+
+    classes: sorted names; counts: images of each; subclasses add `read` and `entry`."""
+
+    def __init__(
+        self, path, classes, counts, *, transform=None, image_decoder="pillow", skip_bad=False
+    ):
+        self.path, self.transform, self.skip_bad = str(path), transform, skip_bad
+        self.classes, self.class_to_idx = classes, {name: i for i, name in enumerate(classes)}
+        self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])  # of each class
+        self.decode = DECODERS[image_decoder]
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    @cached_property
+    def targets(self):
+        """Each image's class: (n,) int64. Made when asked for, so that workers go without."""
+        return np.repeat(np.arange(len(self.classes)), np.diff(self.starts))
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "targets"}
+
+    def __getitem__(self, index):
+        image = self.load(index)
+        return (image if self.transform is None else self.transform(image)), self.target(index)
+
+    def target(self, index):
+        """The class of an image, as a number."""
+        index = range(len(self))[index]
+        return int(np.searchsorted(self.starts, index, side="right")) - 1
+
+    def of_class(self, target):
+        """The images of a class, as a sequence of indices."""
+        return range(self.starts[target], self.starts[target + 1])
+
+    def read(self, index):
+        """The encoded image, as bytes."""
+        raise NotImplementedError
+
+    def entry(self, index):
+        """CLASS/.../IMAGE, the same in every store."""
+        raise NotImplementedError
+
+    def name(self, index):
+        """Where the image is, for messages: one line, whatever its name holds."""
+        text = f"{self.path}/{self.entry(range(len(self))[index])}"
+        return text.encode(errors="backslashreplace").decode().replace("\n", "\\n")
+
+    def load(self, index):
+        """The image as Pillow's RGB, or, by another decoder, as uint8 (3, H, W); an ImageError that
+        names it where it is damaged."""
+        index = range(len(self))[index]
+        try:
+            return self.decode(self.read(index))
+        except Exception as error:  # decoders raise anything for damaged bytes
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ImageError(f"cannot read the image {self.name(index)}: {reason}") from None
+
+
+def decode_by_pillow(data):
+    """Encoded image -> Pillow's RGB, as torchvision's ImageFolder gives it (no orientation tag is
+    followed)."""
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def decode_by_torchcodec(data):
+    """Encoded image -> uint8 (3, H, W), the same pixels; by Pillow what isn't a sound JPEG in grey
+    or RGB."""
+    from torchcodec.decoders import decode_jpeg  # optional; see `check_decoder`
+
+    if data[:3] == b"\xff\xd8\xff":
+        with contextlib.suppress(RuntimeError):  # Pillow, which is more patient, shall decide
+            image = decode_jpeg(data, mode="UNCHANGED")
+            if len(image) in (1, 3):
+                return image.expand(3, -1, -1)
+    return decode_by_pillow(data)
+
+
+DECODERS = {"pillow": decode_by_pillow, "torchcodec": decode_by_torchcodec}
+
+
+def check_decoder(name):
+    """Refuses a decoder that this machine doesn't have."""
+    if name == "torchcodec":
+        try:
+            from torchcodec.decoders import decode_jpeg  # noqa: F401
+        except (ImportError, OSError, RuntimeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            advice = "pip install a torchcodec that fits this torch, or use pillow"
+            raise InputError(f"torchcodec does not load ({reason}); {advice}") from None
+
+
+class Reader:
+    """A file that is read at any place, by any number of processes and threads. Opened when it is
+    first read, and again after pickling."""
+
+    def __init__(self, path):
+        self.path, self.descriptor = str(path), None
+
+    def read(self, size, position):
+        """Exactly `size` bytes from `position` on; an OSError where the file ends before."""
+        if self.descriptor is None:
+            self.descriptor = os.open(self.path, os.O_RDONLY)
+        data = os.pread(self.descriptor, size, position)
+        while len(data) < size:  # the system may give less at a time
+            more = os.pread(self.descriptor, size - len(data), position + len(data))
+            if not more:
+                raise OSError(f"{self.path} ends before byte {position + size}")
+            data += more
+        return data
+
+    def stat(self):
+        """os.stat of the file that is read, whatever its name leads to by now."""
+        self.read(0, 0)
+        return os.fstat(self.descriptor)
+
+    def __getstate__(self):
+        return {"path": self.path, "descriptor": None}
+
+    def __del__(self):
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+
+
+def stamp(stat):
+    """What tells that a file is still the same."""
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+# -------------------------------------------------------------------------------------------------
+# The index of a folder or TAR: a file of flat arrays, read in place. It isn't mapped, as a mapped
+# page counts as a worker's own memory where no other process has touched it.
+
+RECORD = struct.Struct("<qqqII")  # of an image: position, size, CRC of its header; its name
+COLUMNS = np.dtype("<i8, <i8, <i8, <u4, <u4")  # the same: position, size, name, name's length, CRC
+TRAILER = struct.Struct("<8sqqI")  # magic; where the records begin, where the head does; its CRC
+MAGIC = b"IMLEidx1"
+
+
+class Index:
+    """An index file: classes, counts of images, `origin`, by which it is known to be current. An
+    OSError or ValueError where it is none."""
+
+    def __init__(self, path):
+        self.file = Reader(path)
+        end = max(0, self.file.stat().st_size - TRAILER.size)
+        magic, self.records, start, crc = TRAILER.unpack(self.file.read(TRAILER.size, end))
+        if magic != MAGIC or not 0 <= self.records <= start <= end:
+            raise ValueError(f"{path} is no index")
+        head = self.file.read(end - start, start)
+        if zlib.crc32(head) != crc:
+            raise ValueError(f"{path} is damaged")
+        head = json.loads(head)
+        self.classes, self.counts, self.origin = head["classes"], head["counts"], head["origin"]
+
+    def record(self, index):
+        """(position, size, position of the name, its length, CRC of the header) of an image."""
+        return RECORD.unpack(self.file.read(RECORD.size, self.records + index * RECORD.size))
+
+    def entry(self, index):
+        """CLASS/.../IMAGE."""
+        _, _, position, length, _ = self.record(index)
+        return os.fsdecode(self.file.read(length, position))
+
+
+def write_index(file, origin, groups):
+    """Writes an index. groups: (class, entries as bytes, their positions, sizes, CRCs), in order;
+    a class may come several times in a row."""
+    classes, counts, records, end = [], [], [], 0
+    for name, entries, *places in groups:
+        if not classes or classes[-1] != name:
+            classes.append(name)
+            counts.append(0)
+        counts[-1] += len(entries)
+        lengths = np.fromiter(map(len, entries), np.int64, len(entries))
+        ends = end + lengths.cumsum()
+        end += int(lengths.sum())
+        file.write(b"".join(entries))
+        columns = np.zeros(len(entries), COLUMNS)
+        columns["f2"], columns["f3"] = ends - lengths, lengths
+        for field, values in zip(("f0", "f1", "f4"), places, strict=False):
+            columns[field] = values
+        records.append(columns.tobytes())
+    file.write(b"".join(records))
+    start = end + RECORD.size * sum(counts)
+    head = json.dumps({"classes": classes, "counts": counts, "origin": origin}).encode()
+    file.write(head + TRAILER.pack(MAGIC, end, start, zlib.crc32(head)))
+
+
+def temporary_index(owner, origin, groups):
+    """An Index in a temporary file, which goes with `owner`."""
+    with tempfile.NamedTemporaryFile(prefix="imle-ssl-", suffix=".index", delete=False) as file:
+        weakref.finalize(owner, remove, file.name, os.getpid())
+        write_index(file, origin, groups)
+    return Index(file.name)
+
+
+def remove(path, process):
+    """Removes a file, but in this process only: a forked one must leave it."""
+    if os.getpid() == process:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+class FolderImages(Images):
+    """Images as torchvision's ImageFolder finds them: path/class/.../image."""
+
+    def __init__(self, path, **options):
+        classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+        self.index = temporary_index(self, None, self.find(str(path), classes))
+        check_classes(path, classes, self.index.classes)
+        super().__init__(path, self.index.classes, self.index.counts, **options)
+
+    @staticmethod
+    def find(path, classes):
+        """The groups of write_index."""
+        for name in classes:
+            found = make_dataset(path, {name: 0}, IMG_EXTENSIONS, allow_empty=True)
+            if found:
+                start = len(os.path.join(path, ""))
+                yield name, [os.fsencode(image[start:]) for image, _ in found]
+
+    def entry(self, index):
+        return self.index.entry(index)
+
+    def read(self, index):
+        with open(f"{self.path}/{self.index.entry(index)}", "rb") as file:
+            return file.read()
+
+
+class TarImages(Images):
+    """Images in an uncompressed TAR as ROOT/class/.../image, where ROOT is all that the images'
+    folders have in common."""
+
+    def __init__(self, path, **options):
+        self.file = Reader(path)
+        self.index = self.find_index(Path(path))
+        super().__init__(path, self.index.classes, self.index.counts, **options)
+        if len(self.classes) == 1:
+            say(f"note: all images of {path} are of one class, {self.name(0).split('/')[-2]}")
+
+    def find_index(self, path):
+        """The archive's index, made where there is none of the archive as it is: beside it, else in
+        the user's cache, else in a temporary file."""
+        origin = self.origin()
+        places = [path.with_name(f"{path.name}.index"), cache_folder() / index_name(path)]
+        for place in places:
+            with contextlib.suppress(OSError, ValueError):
+                index = Index(place)
+                if index.origin == origin:
+                    return index
+        members = TarMembers(self.file, origin[0], path)
+        if self.origin() != origin:
+            raise InputError(f"{path} changed while it was read: is it still being written?")
+        for place in places:
+            with contextlib.suppress(OSError):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(place, lambda file: write_index(file, origin, members.groups()))
+                return Index(place)
+        return temporary_index(self, origin, members.groups())
+
+    def origin(self):
+        """What an index of this archive is known by."""
+        stat = self.file.stat()
+        return [stat.st_size, stat.st_mtime_ns, *IMG_EXTENSIONS]
+
+    def entry(self, index):
+        return self.index.entry(index)
+
+    def read(self, index):
+        position, size, _, _, crc = self.index.record(index)
+        data = self.file.read(BLOCK + max(0, size), position)
+        if zlib.crc32(data[:BLOCK]) != crc:
+            raise InputError("the archive is not what its index was made of; delete the index")
+        return data[BLOCK:] if size >= 0 else self.read_sparse(position)
+
+    def read_sparse(self, position):
+        """The content of a member with holes: rare, so by Python's own reader."""
+        with open(self.path, "rb") as file:
+            file.seek(position)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                return archive.extractfile(archive.next()).read()
+
+
+def cache_folder():
+    """Where indexes are kept of archives in folders that can't be written to."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "imle-ssl"
+
+
+def index_name(path):
+    """An index's name in the cache, by the archive's whole path."""
+    return hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32] + ".index"
+
+
+# -------------------------------------------------------------------------------------------------
+# LMDB: b"head" -> a CRC and JSON; an image's number, 8 bytes -> HEADER, entry, encoded image.
+
+HEADER = struct.Struct("<8sqqq")  # which packing this is of; the number; lengths of what follows
+LMDB_READS = 64  # after so many, what was mapped is let go: it would count as this process's memory
+
+
+class LmdbFile:
+    """An LMDB, opened read-only and without locks when it is first read, by each process for
+    itself."""
+
+    def __init__(self, path):
+        self.path, self.environment, self.process, self.reads = path, None, None, 0
+
+    def get(self, key, use):
+        """use(the value of a key), which is a memoryview within `use` only, or None."""
+        if self.environment is not None and (
+            self.process != os.getpid() or self.reads >= LMDB_READS
+        ):
+            self.environment.close()  # of a process that forked, it isn't ours
+            self.environment = None
+        if self.environment is None:
+            self.environment = open_lmdb(self.path)
+            self.process, self.reads = os.getpid(), 0
+        self.reads += 1
+        with self.environment.begin(buffers=True) as transaction:
+            value = transaction.get(key)
+            return None if value is None else use(value)
+
+
+lmdb_file = functools.cache(LmdbFile)  # by path, as a process may open an LMDB once only
+
+
+def open_lmdb(path):
+    """An lmdb.Environment for reading; an InputError where the file is cut or none."""
+    folder = os.path.isdir(path)
+    try:
+        environment = lmdb.open(
+            path, subdir=folder, readonly=True, lock=False, readahead=False, max_readers=1
+        )
+        size = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    except lmdb.Error as error:
+        raise InputError(f"{path} is no LMDB that can be read: {error}") from None
+    if os.path.getsize(f"{path}/data.mdb" if folder else path) < size:
+        environment.close()  # reading what is missing would kill the process
+        raise InputError(f"{path} is cut: it has not all of its {size} bytes")
+    return environment
+
+
+class LmdbImages(Images):
+    """Images in an LMDB that scripts/pack.py made."""
+
+    def __init__(self, path, **options):
+        self.real_path = os.path.realpath(path)
+        head = lmdb_file(self.real_path).get(b"head", bytes)
+        if head is None or zlib.crc32(head[4:]) != int.from_bytes(head[:4], "little"):
+            raise InputError(f"{path} was not made by scripts/pack.py, or is damaged")
+        head = json.loads(head[4:])
+        self.identity = bytes.fromhex(head["identity"])
+        super().__init__(path, head["classes"], head["counts"], **options)
+
+    def entry(self, index):
+        return os.fsdecode(self.get(index, lambda entry, _: bytes(entry)))
+
+    def read(self, index):
+        return self.get(index, lambda _, content: bytes(content))
+
+    def get(self, index, use):
+        """use(entry, content), both as memoryviews, of an image."""
+
+        def parse(value):
+            identity, number, *lengths = HEADER.unpack_from(value)
+            if (identity, number) != (self.identity, index) or min(lengths) < 0:
+                raise InputError("the LMDB is not what it was when it was opened, or damaged")
+            if len(value) != HEADER.size + sum(lengths):
+                raise InputError("the LMDB is damaged")
+            entry = value[HEADER.size : HEADER.size + lengths[0]]
+            return use(entry, value[HEADER.size + lengths[0] :])
+
+        found = lmdb_file(self.real_path).get(index.to_bytes(8, "big"), parse)
+        if found is None:
+            raise InputError("the LMDB is damaged: the image is missing")
+        return found
+
+
+def lmdb_head(identity, classes, counts):
+    """The value of b"head"."""
+    head = {"identity": identity.hex(), "classes": classes, "counts": counts}
+    head = json.dumps(head).encode()
+    return zlib.crc32(head).to_bytes(4, "little") + head
+
+
+def lmdb_item(identity, number, entry, content):
+    """(key, value) of an image."""
+    header = HEADER.pack(identity, number, len(entry), len(content))
+    return number.to_bytes(8, "big"), b"".join([header, entry, content])
