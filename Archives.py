@@ -18,6 +18,7 @@ FILE, LINK, FOLDER, OTHER, SPARSE = range(5)  # LINK: hard; SPARSE: a file, its 
 KINDS = {48: FILE, 0: FILE, 55: FILE, 49: LINK, 53: FOLDER, 68: FOLDER, 83: SPARSE}  # by type flag
 BARE = b"123456"  # links, devices, folders: whatever size they state, no content follows
 BLOCK = 512
+SMALL = 2**14  # bytes of a file behind which it pays to have read on
 LONGEST = 2**20  # bytes of an extended header: more than any name has
 COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -32,70 +33,85 @@ class Damaged(Exception):
     """What is wrong with an archive."""
 
 
-def walk(file, size):
-    """Yields (kind, name, position, length, CRC, link) of each member of an archive of `size`
-    bytes, which `file` gives by `read(size, position)`. Raises Damaged.
+def walk(descriptor, size):
+    """Yields (kind, name, position, length, CRC, link) of each member of an open archive of `size`
+    bytes. Raises Damaged.
 
     name, link: bytes, as they stand there. position: of the header, with `length` bytes of content
     behind it; for SPARSE of the first header that belongs to the member. CRC: of that header."""
-    start = file.read(min(size, BLOCK), 0)
+    start = os.pread(descriptor, BLOCK, 0)
     for magic, tool in COMPRESSED.items():
         if start.startswith(magic):
             raise Damaged(f"it is compressed by {tool}")
     position, first, known = 0, None, {}  # of the member: its first header, what others say of it
-    unchecked = []  # headers whose sum was not checked yet
+    unchecked = []  # headers whose sum was not checked yet: many at once are cheaper
+    window, window_at, length = b"", 0, 0  # what was read of the archive
     bar = tqdm(total=size, desc="indexing", unit="B", unit_scale=True, delay=2, disable=None)
     with bar:
         while True:
-            if position + BLOCK > size:
+            header = window[position - window_at : position - window_at + BLOCK]
+            if len(header) < BLOCK and position < size:  # the next one too, where files are small
+                window = os.pread(descriptor, BLOCK if length > SMALL else 4 * SMALL, position)
+                window_at, header = position, window[:BLOCK]
+            if len(header) < BLOCK:
                 raise Damaged("it ends without an end mark: it was cut, or is still being written")
-            header = file.read(BLOCK, position)
-            if not header[0] and not any(header):
-                break
-            code, length = header[156], number(header[124:136], position)
-            unchecked.append(header)
-            if code != 48 or len(unchecked) == 4096:
-                check(unchecked, position)
-                unchecked.clear()
-                bar.update(position - bar.n)
+            code = header[156]
             if code == 48 and not known:  # an ordinary file: in a hurry, as there are millions
+                try:
+                    length = int(header[124:135], 8)
+                    if length < 0 or header[135] > 32:
+                        raise ValueError
+                except ValueError:  # not the usual eleven digits
+                    length = number(header[124:136], position)
                 yield FILE, name_of(header), position, length, zlib.crc32(header), b""
-            elif code in b"LKxX":  # of the next member
-                first = position if first is None else first
-                if length > LONGEST or position + BLOCK + length > size:
-                    raise Damaged(f"its extended header at byte {position} is damaged")
-                known |= extension(code, file.read(length, position + BLOCK), position)
-            elif code not in b"gVN":  # of the archive as a whole, or obsolete
-                start = position if first is None else first
-                member, position, length = describe(file, header, position, start, known, length)
-                yield member
-                first, known = None, {}
+                unchecked.append(header)
+                if len(unchecked) == 4096:
+                    check_many(unchecked, position)
+                    unchecked.clear()
+                    bar.update(position - bar.n)
+            elif not header[0] and not any(header):
+                break
+            else:
+                check(header, position)
+                length = number(header[124:136], position)
+                if code in b"LKxX":  # it tells of the next member
+                    first = position if first is None else first
+                    known |= extension(code, descriptor, position, length)
+                elif code not in b"gVN":  # of the archive as a whole, or obsolete
+                    start = position if first is None else first
+                    yield describe(descriptor, header, position, start, known)
+                    position, length = content(descriptor, header, position, length, known)
+                    first, known = None, {}
             position += BLOCK + (length + BLOCK - 1 & -BLOCK)
-    check(unchecked, position)
-    refuse_second(file, position, size)
+    check_many(unchecked, position)
+    refuse_second(descriptor, position, size)
 
 
-def describe(file, header, position, first, known, length):
-    """Any but the most ordinary member, as `walk` yields it; the position of its last header, and
-    the length of what follows it."""
-    code = header[156]
-    if code == 77:
-        raise Damaged("it is one of several volumes")
-    length = int(known.get(b"size", length))
+def describe(descriptor, header, position, first, known):
+    """Any but the most ordinary member, as `walk` yields it."""
+    kind = KINDS.get(header[156], OTHER)
     name = known.get(b"path", name_of(header))
-    kind = KINDS.get(code, OTHER)
-    if kind == FILE and name.endswith(b"/"):  # as before there were flags for folders
-        kind, code = FOLDER, 53
-    if kind == SPARSE or any(key.startswith(b"GNU.sparse.") for key in known):
-        name = known.get(b"GNU.sparse.name", name)
-        more = kind == SPARSE and header[482]
-        while more:  # the map of the holes goes on in blocks of its own
-            position += BLOCK
-            more = file.read(BLOCK, position)[504]
-        return (SPARSE, name, first, 0, zlib.crc32(file.read(BLOCK, first)), b""), position, length
     link = known.get(b"linkpath", header[157:257].partition(b"\0")[0])
-    length = 0 if code in BARE else length
-    return (kind, name, position, length, zlib.crc32(header), link), position, length
+    length = int(known.get(b"size", number(header[124:136], position)))
+    if kind == FILE and name.endswith(b"/"):  # as before there were flags for folders
+        kind = FOLDER
+    if kind == SPARSE or any(key.startswith(b"GNU.sparse.") for key in known):
+        kind, name, position = SPARSE, known.get(b"GNU.sparse.name", name), first
+        header = os.pread(descriptor, BLOCK, first)
+    return kind, name, position, length, zlib.crc32(header), link
+
+
+def content(descriptor, header, position, length, known):
+    """(position of a member's last header, length of the content behind it)."""
+    if header[156] == 77:
+        raise Damaged("it is one of several volumes")
+    if header[156] in BARE:
+        return position, 0
+    more = header[156] == 83 and header[482]
+    while more:  # the map of the holes goes on in blocks of its own
+        position += BLOCK
+        more = (os.pread(descriptor, BLOCK, position) or bytes(BLOCK))[504]
+    return position, int(known.get(b"size", length))
 
 
 def name_of(header):
@@ -118,47 +134,56 @@ def number(field, position):
     return value
 
 
-def extension(code, data, position):
+def extension(code, descriptor, position, length):
     """What an extended header says of the next member: {b"path": ..., b"size": ...}."""
+    data = os.pread(descriptor, min(length, LONGEST), position + BLOCK)
+    if len(data) < length:
+        raise Damaged(f"its extended header at byte {position} is cut or damaged")
     if code in b"LK":
         return {b"path" if code == 76 else b"linkpath": data.partition(b"\0")[0]}
     records, rest = {}, data.rstrip(b"\0")
     while rest:  # "length key=value\n"
         digits = rest.partition(b" ")[0]
-        length = int(digits) if digits.isdigit() and len(digits) < 9 else 0
-        key, equals, value = rest[len(digits) + 1 : length - 1].partition(b"=")
-        whole = bool(equals) and rest[length - 1 : length] == b"\n"
+        end = int(digits) if digits.isdigit() and len(digits) < 9 else 0
+        key, equals, value = rest[len(digits) + 1 : end - 1].partition(b"=")
+        whole = bool(equals) and rest[end - 1 : end] == b"\n"
         if not whole or key == b"size" and not (value.isdigit() and len(value) < 19):
             raise Damaged(f"its extended header at byte {position} is damaged")
-        records[key], rest = value, rest[length:]
+        records[key], rest = value, rest[end:]
     return records
 
 
-def check(headers, position):
-    """Refuses headers, up to the one at `position`, whose sum isn't what they say."""
-    if not headers:
-        return
+def check(header, position):
+    """Refuses a header whose sum isn't what it says; some old tools took its bytes for signed."""
+    said, field = number(header[148:156], position), header[148:156]
+    total = sum(header) - sum(field) + 8 * 32  # the sum's own field counts as spaces
+    if said != total:
+        signed = np.frombuffer(header, np.int8).sum(dtype=int) - np.frombuffer(field, np.int8).sum()
+        if said != signed + 8 * 32:
+            raise Damaged(f"no sound header stands at or before byte {position}")
+
+
+def check_many(headers, position):
+    """`check` for headers up to `position`, all at once."""
     blocks = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK)
-    field = blocks[:, 148:156]  # of the sum, for which it counts as eight spaces
-    sums = blocks.sum(1, dtype=np.int64) - field.sum(1, dtype=np.int64) + 8 * 32
-    said = (field[:, :6].astype(np.int64) - 48) @ (8 ** np.arange(5, -1, -1))
-    for i in np.flatnonzero(sums != said):  # unusual: fewer digits, or a sum of signed bytes
-        signed = sums[i] - 256 * int((blocks[i] >= 128).sum() - (field[i] >= 128).sum())
-        if number(field[i].tobytes(), position) not in (sums[i], signed):
-            raise Damaged(f"a header at or before byte {position} is damaged")
+    sums = blocks.sum(1, dtype=np.int64) - blocks[:, 148:156].sum(1, dtype=np.int64) + 8 * 32
+    said = (blocks[:, 148:154].astype(np.int64) - 48) @ (8 ** np.arange(5, -1, -1))  # as usual
+    for i in np.flatnonzero(sums != said):
+        check(headers[i], position)
 
 
-def refuse_second(file, position, size):
+def refuse_second(descriptor, position, size):
     """Refuses an archive that has another one behind its end, which would be left unread."""
     while position < size:
-        data = file.read(min(2**20, size - position), position)
+        data = os.pread(descriptor, 2**20, position)
         content = data.lstrip(b"\0")
         position += (len(data) - len(content)) // BLOCK * BLOCK if content else len(data)
-        if content:
+        if content or not data:
             break
-    if position + BLOCK <= size:
+    header = os.pread(descriptor, BLOCK, position)
+    if len(header) == BLOCK:
         try:
-            check([file.read(BLOCK, position)], position)
+            check(header, position)
         except Damaged:
             return  # whatever it is, it is no archive
         raise Damaged(f"a second archive follows at byte {position}; join archives by tar -A")
@@ -175,8 +200,8 @@ class TarMembers:
     """The images in a TAR, sorted as in ImageFolder. An InputError where they can't be told
     exactly. Columns rather than objects, as there may be millions."""
 
-    def __init__(self, file, size, path):
-        self.file, self.size, self.path = file, size, path
+    def __init__(self, descriptor, size, path):
+        self.descriptor, self.size, self.path = descriptor, size, path
         self.found = {}  # folder: (file names, positions, sizes, CRCs)
         self.folders, self.links = set(), []
         try:
@@ -190,7 +215,7 @@ class TarMembers:
     def collect(self):
         """Walks the archive once."""
         found, sizes = self.found, {SPARSE: HOLES, OTHER: NO_FILE, LINK: HARD_LINK}
-        for kind, name, position, size, crc, link in walk(self.file, self.size):
+        for kind, name, position, size, crc, link in walk(self.descriptor, self.size):
             folder, _, file_name = name.rpartition(b"/")
             if kind == FOLDER:
                 self.folders.add(normal(name))
@@ -210,7 +235,7 @@ class TarMembers:
     def follow_links(self):
         """{position of a hard link: (position, size, CRC) of the file of that name before it}."""
         wanted, known, followed = {link for _, link in self.links}, {}, {}
-        for kind, name, position, size, crc, link in walk(self.file, self.size):
+        for kind, name, position, size, crc, link in walk(self.descriptor, self.size):
             place = position, HOLES if kind == SPARSE else size, crc
             if kind == LINK:
                 place = followed[position] = known.get(normal(link))

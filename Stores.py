@@ -133,9 +133,7 @@ class Reader:
 
     def read(self, size, position):
         """Exactly `size` bytes from `position` on; an OSError where the file ends before."""
-        if self.descriptor is None:
-            self.descriptor = os.open(self.path, os.O_RDONLY)
-        data = os.pread(self.descriptor, size, position)
+        data = os.pread(self.fileno(), size, position)
         while len(data) < size:  # the system may give less at a time
             more = os.pread(self.descriptor, size - len(data), position + len(data))
             if not more:
@@ -143,10 +141,11 @@ class Reader:
             data += more
         return data
 
-    def stat(self):
-        """os.stat of the file that is read, whatever its name leads to by now."""
-        self.read(0, 0)
-        return os.fstat(self.descriptor)
+    def fileno(self):
+        """The open file's descriptor."""
+        if self.descriptor is None:
+            self.descriptor = os.open(self.path, os.O_RDONLY)
+        return self.descriptor
 
     def __getstate__(self):
         return {"path": self.path, "descriptor": None}
@@ -154,11 +153,6 @@ class Reader:
     def __del__(self):
         if self.descriptor is not None:
             os.close(self.descriptor)
-
-
-def stamp(stat):
-    """What tells that a file is still the same."""
-    return [stat.st_size, stat.st_mtime_ns]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -177,7 +171,7 @@ class Index:
 
     def __init__(self, path):
         self.file = Reader(path)
-        end = max(0, self.file.stat().st_size - TRAILER.size)
+        end = max(0, os.fstat(self.file.fileno()).st_size - TRAILER.size)
         magic, self.records, start, crc = TRAILER.unpack(self.file.read(TRAILER.size, end))
         if magic != MAGIC or not 0 <= self.records <= start <= end:
             raise ValueError(f"{path} is no index")
@@ -286,7 +280,7 @@ class TarImages(Images):
                 index = Index(place)
                 if index.origin == origin:
                     return index
-        members = TarMembers(self.file, origin[0], path)
+        members = TarMembers(self.file.fileno(), origin[0], path)
         if self.origin() != origin:
             raise InputError(f"{path} changed while it was read: is it still being written?")
         for place in places:
@@ -298,7 +292,7 @@ class TarImages(Images):
 
     def origin(self):
         """What an index of this archive is known by."""
-        stat = self.file.stat()
+        stat = os.fstat(self.file.fileno())
         return [stat.st_size, stat.st_mtime_ns, *IMG_EXTENSIONS]
 
     def entry(self, index):
