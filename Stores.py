@@ -41,7 +41,7 @@ class Images(Dataset):
         self.path, self.transform, self.skip_bad = str(path), transform, skip_bad
         self.classes, self.class_to_idx = classes, {name: i for i, name in enumerate(classes)}
         self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])  # of each class
-        self.decode = DECODERS[image_decoder]
+        self.decode = IMAGE_DECODERS[image_decoder]
 
     def __len__(self):
         return int(self.starts[-1])
@@ -110,7 +110,7 @@ def decode_by_torchcodec(data):
     return decode_by_pillow(data)
 
 
-DECODERS = {"pillow": decode_by_pillow, "torchcodec": decode_by_torchcodec}
+IMAGE_DECODERS = {"pillow": decode_by_pillow, "torchcodec": decode_by_torchcodec}
 
 
 def check_decoder(name):
@@ -324,10 +324,12 @@ def index_name(path):
 
 
 # -------------------------------------------------------------------------------------------------
-# LMDB: b"head" -> a CRC and JSON; an image's number, 8 bytes -> HEADER, entry, encoded image.
+# LMDB: b"head" -> a CRC and JSON; an image's number, 8 bytes -> HEADER, CRC, entry,
+# encoded image.
 
 HEADER = struct.Struct("<8sqqq")  # which packing this is of; the number; lengths of what follows
-LMDB_READS = 64  # after so many, what was mapped is let go: it would count as this process's memory
+CRC = struct.Struct("<I")  # behind it, of it and the entry
+LMDB_READS = 16  # after so many, what was mapped is let go: it would count as this process's memory
 
 
 class LmdbFile:
@@ -348,9 +350,12 @@ class LmdbFile:
             self.environment = open_lmdb(self.path)
             self.process, self.reads = os.getpid(), 0
         self.reads += 1
-        with self.environment.begin(buffers=True) as transaction:
-            value = transaction.get(key)
-            return None if value is None else use(value)
+        try:
+            with self.environment.begin(buffers=True) as transaction:
+                value = transaction.get(key)
+                return None if value is None else use(value)
+        except lmdb.Error as error:
+            raise InputError(f"{self.path} is damaged: {error}") from None
 
 
 lmdb_file = functools.cache(LmdbFile)  # by path, as a process may open an LMDB once only
@@ -394,13 +399,15 @@ class LmdbImages(Images):
         """use(entry, content), both as memoryviews, of an image."""
 
         def parse(value):
-            identity, number, *lengths = HEADER.unpack_from(value)
-            if (identity, number) != (self.identity, index) or min(lengths) < 0:
-                raise InputError("the LMDB is not what it was when it was opened, or damaged")
-            if len(value) != HEADER.size + sum(lengths):
+            start = HEADER.size + CRC.size
+            identity, number, length, rest = HEADER.unpack_from(value)
+            entry = value[start : start + length] if 0 <= length <= len(value) else b""
+            right = zlib.crc32(entry, zlib.crc32(value[: HEADER.size]))
+            if right != CRC.unpack_from(value, HEADER.size)[0]:
                 raise InputError("the LMDB is damaged")
-            entry = value[HEADER.size : HEADER.size + lengths[0]]
-            return use(entry, value[HEADER.size + lengths[0] :])
+            if (identity, number) != (self.identity, index) or start + length + rest != len(value):
+                raise InputError("the LMDB is not the one that was opened, or it is damaged")
+            return use(entry, value[start + length :])
 
         found = lmdb_file(self.real_path).get(index.to_bytes(8, "big"), parse)
         if found is None:
@@ -418,4 +425,5 @@ def lmdb_head(identity, classes, counts):
 def lmdb_item(identity, number, entry, content):
     """(key, value) of an image."""
     header = HEADER.pack(identity, number, len(entry), len(content))
-    return number.to_bytes(8, "big"), b"".join([header, entry, content])
+    sums = CRC.pack(zlib.crc32(entry, zlib.crc32(header)))
+    return number.to_bytes(8, "big"), b"".join([header, sums, entry, content])
