@@ -107,7 +107,8 @@ def data_flags(parser):
     add("--image_decoder", choices=IMAGE_DECODERS, default="pillow",
         help="torchcodec (to be installed): about twice as fast, differs from pillow by rounding")
     add("--skip_bad_images", **SWITCH, default=0,
-        help=f"1: replace damaged images by others of their class, up to {100 * MOST_BAD:g} in 100 of the data; 0: stop")
+        help="1: replace damaged images by others of their class, up to "
+        f"{MOST_BAD * 1000:g} in 1000; 0: stop")
     add("--num_workers", type=whole(0), default=WORKERS, metavar="N",
         help="loader workers per process; default: cores, at most 8")
     add("--seed", type=whole(0, 2**31), default=0, metavar="N", help="of everything that is random")

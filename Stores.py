@@ -17,6 +17,7 @@ from pathlib import Path
 
 import lmdb
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
@@ -98,14 +99,16 @@ def decode_by_pillow(data):
 
 
 def decode_by_torchcodec(data):
-    """Encoded image -> uint8 (3, H, W), the same pixels; by Pillow what isn't a sound JPEG in grey
-    or RGB."""
+    """Encoded image -> uint8 (3, H, W), the same pixels; as `decode_by_pillow` gives it where it is
+    no sound JPEG in grey or RGB."""
     from torchcodec.decoders import decode_jpeg  # optional; see `check_decoder`
 
-    if data[:3] == b"\xff\xd8\xff":
+    if data.startswith(b"\xff\xd8\xff"):
         with contextlib.suppress(RuntimeError):  # Pillow, which is more patient, shall decide
-            image = decode_jpeg(data, mode="UNCHANGED")
-            if len(image) in (1, 3):
+            # A copy, as torch warns of bytes that can't be written to.
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            image = decode_jpeg(encoded, mode="UNCHANGED")
+            if len(image) in (1, 3):  # grey or RGB
                 return image.expand(3, -1, -1)
     return decode_by_pillow(data)
 
