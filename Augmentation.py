@@ -6,6 +6,7 @@ differ by rounding."""
 from functools import cache, partial
 
 import torch
+from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as F
@@ -22,11 +23,14 @@ def augment(size):
 
 def crop_and_flip(crop, size, image):
     """What T.Compose would do with `crop` and T.RandomHorizontalFlip, in less time."""
-    box = crop.make_params([image])
+    box, flipped = crop.make_params([image]), torch.rand(1) < 0.5
+    if isinstance(image, torch.Tensor):
+        rows = slice(box["top"], box["top"] + box["height"])
+        columns = slice(box["left"], box["left"] + box["width"])
+        image = interpolate(image[None, :, rows, columns], size, mode="bicubic", antialias=True)[0]
+        return image.flip(-1) if flipped else image
     image = F.resized_crop(image, **box, size=size, interpolation=InterpolationMode.BICUBIC)
-    if torch.rand(1) < 0.5:
-        image = F.horizontal_flip(image)
-    return image if isinstance(image, torch.Tensor) else F.pil_to_tensor(image)
+    return F.pil_to_tensor(F.horizontal_flip(image) if flipped else image)
 
 
 def resize(size):
