@@ -21,6 +21,7 @@ from Utils import (
     mix_seeds,
     naming,
     permutation,
+    random_bits,
     random_uniform,
     rank,
     seeded,
@@ -147,12 +148,16 @@ def open_pair(data_tr, data_val, *, n_way, n_shot, seed, same_classes=True, **op
 def even_indices(n, first, count, seed, shuffle=True):
     """Numbers `first` to `first + count` of an endless sequence that passes over range(n), each
     time in another order: int64 (count,). So every index is drawn k or k-1 times, whatever is taken
-    at a time, and there is no state to save."""
+    at a time. Its whole state is `first`: what comes next depends on nothing that came before."""
     positions = torch.arange(first, first + count)
-    if not shuffle:
+    if not shuffle or not count:
         return positions % n
-    passes = range(first // n, (first + count - 1) // n + 1)
-    orders = torch.cat([permutation(n, mix_seeds(seed, p)) for p in passes])
+    passes = torch.arange(first // n, (first + count - 1) // n + 1)
+    seeds = mix_seeds(seed, passes)
+    if n < 256:  # there may be very many passes, so all at once
+        orders = random_bits(seeds[:, None], torch.arange(n)).argsort(1).flatten()
+    else:
+        orders = torch.cat([permutation(n, s) for s in seeds.tolist()])
     return orders[positions - passes[0] * n]
 
 
