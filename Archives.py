@@ -54,6 +54,7 @@ def walk(descriptor, size):
                 window = os.pread(descriptor, BLOCK if length > SMALL else 4 * SMALL, position)
                 window_at, header = position, window[:BLOCK]
             if len(header) < BLOCK:
+                check_many(unchecked, position)  # which may be why we came here
                 raise Damaged("it ends without an end mark: it was cut, or is still being written")
             code = header[156]
             if code == 48 and not known:  # an ordinary file: in a hurry, as there are millions

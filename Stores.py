@@ -105,12 +105,25 @@ def decode_by_torchcodec(data):
 
     if data.startswith(b"\xff\xd8\xff"):
         with contextlib.suppress(RuntimeError):  # Pillow, which is more patient, shall decide
-            # A copy, as torch warns of bytes that can't be written to.
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            encoded = torch.frombuffer(without_orientation(data), dtype=torch.uint8)
             image = decode_jpeg(encoded, mode="UNCHANGED")
             if len(image) in (1, 3):  # grey or RGB
                 return image.expand(3, -1, -1)
     return decode_by_pillow(data)
+
+
+def without_orientation(data):
+    """A copy of a JPEG whose APP1 segments, where cameras put the orientation, are comments:
+    torchcodec would turn the image, ImageFolder does not."""
+    data, position = bytearray(data), 2
+    while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
+        if data[position + 1 : position + 2] == b"\xff":  # a marker may have several of these
+            position += 1
+            continue
+        if data[position + 1 : position + 2] == b"\xe1":
+            data[position + 1] = 0xFE
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return data
 
 
 IMAGE_DECODERS = {"pillow": decode_by_pillow, "torchcodec": decode_by_torchcodec}
@@ -339,18 +352,17 @@ class LmdbFile:
     """An LMDB, opened read-only and without locks when it is first read, by each process for
     itself."""
 
-    def __init__(self, path):
-        self.path, self.environment, self.process, self.reads = path, None, None, 0
+    def __init__(self, *_):
+        self.environment, self.process, self.reads = None, None, 0
 
-    def get(self, key, use):
+    def get(self, path, key, use):
         """use(the value of a key), which is a memoryview within `use` only, or None."""
-        if self.environment is not None and (
-            self.process != os.getpid() or self.reads >= LMDB_READS
-        ):
-            self.environment.close()  # of a process that forked, it isn't ours
+        old = self.process != os.getpid() or self.reads >= LMDB_READS
+        if self.environment is not None and old:  # in a process that forked, it isn't ours
+            self.environment.close()
             self.environment = None
         if self.environment is None:
-            self.environment = open_lmdb(self.path)
+            self.environment = open_lmdb(path)
             self.process, self.reads = os.getpid(), 0
         self.reads += 1
         try:
@@ -358,10 +370,10 @@ class LmdbFile:
                 value = transaction.get(key)
                 return None if value is None else use(value)
         except lmdb.Error as error:
-            raise InputError(f"{self.path} is damaged: {error}") from None
+            raise InputError(f"{path} is damaged: {error}") from None
 
 
-lmdb_file = functools.cache(LmdbFile)  # by path, as a process may open an LMDB once only
+lmdb_file = functools.cache(LmdbFile)  # by device and inode: a process may open a file once only
 
 
 def open_lmdb(path):
@@ -384,8 +396,10 @@ class LmdbImages(Images):
     """Images in an LMDB that scripts/pack.py made."""
 
     def __init__(self, path, **options):
-        self.real_path = os.path.realpath(path)
-        head = lmdb_file(self.real_path).get(b"head", bytes)
+        self.path = str(path)
+        stat = os.stat(path)
+        self.file = stat.st_dev, stat.st_ino
+        head = lmdb_file(*self.file).get(self.path, b"head", bytes)
         if head is None or zlib.crc32(head[4:]) != int.from_bytes(head[:4], "little"):
             raise InputError(f"{path} was not made by scripts/pack.py, or is damaged")
         head = json.loads(head[4:])
@@ -412,7 +426,7 @@ class LmdbImages(Images):
                 raise InputError("the LMDB is not the one that was opened, or it is damaged")
             return use(entry, value[start + length :])
 
-        found = lmdb_file(self.real_path).get(index.to_bytes(8, "big"), parse)
+        found = lmdb_file(*self.file).get(self.path, index.to_bytes(8, "big"), parse)
         if found is None:
             raise InputError("the LMDB is damaged: the image is missing")
         return found

@@ -63,6 +63,8 @@ def pack(source, out, size=None, num_workers=None):
         num_workers = os.cpu_count() if size else 0
     if num_workers < 0:
         raise InputError(f"--num_workers {num_workers}: allowed is at least 0")
+    if not out.parent.is_dir():
+        raise InputError(f"cannot write {out}: there is no folder {out.parent}")
     if out.exists():
         raise InputError(f"{out} is there already; delete it first, or choose another name")
     images = open_images(source)

@@ -63,7 +63,7 @@ def assert_equals_image_folder(images, folder):
     assert images.targets.tolist() == expected.targets
     assert len(images) == len(expected)
     for i, (path, target) in enumerate(expected.samples):
-        assert images.name(i).endswith(os.path.relpath(path, folder))
+        assert images.entry(i) == os.path.relpath(path, folder)
         image, label = images[i]
         assert label == target
         assert np.array_equal(image, expected[i][0])
