@@ -340,11 +340,12 @@ def index_name(path):
 
 
 # -------------------------------------------------------------------------------------------------
-# LMDB: b"head" -> a CRC and JSON; an image's number, 8 bytes -> HEADER, CRC, entry,
-# encoded image.
+# LMDB: b"head" -> HEAD, JSON; an image's number, 8 bytes -> HEADER, CRC, entry, encoded image.
 
 HEADER = struct.Struct("<8sqqq")  # which packing this is of; the number; lengths of what follows
 CRC = struct.Struct("<I")  # behind it, of it and the entry
+HEAD = struct.Struct("<qI")  # the length and CRC of the JSON
+SLACK = 2**17  # bytes at the end of the file: a damaged page leads the library so far behind it
 LMDB_READS = 16  # after so many, what was mapped is let go: it would count as this process's memory
 
 
@@ -399,10 +400,9 @@ class LmdbImages(Images):
         self.path = str(path)
         stat = os.stat(path)
         self.file = stat.st_dev, stat.st_ino
-        head = lmdb_file(*self.file).get(self.path, b"head", bytes)
-        if head is None or zlib.crc32(head[4:]) != int.from_bytes(head[:4], "little"):
+        head = lmdb_file(*self.file).get(self.path, b"head", parse_head)
+        if head is None:
             raise InputError(f"{path} was not made by scripts/pack.py, or is damaged")
-        head = json.loads(head[4:])
         self.identity = bytes.fromhex(head["identity"])
         super().__init__(path, head["classes"], head["counts"], **options)
 
@@ -417,13 +417,16 @@ class LmdbImages(Images):
 
         def parse(value):
             start = HEADER.size + CRC.size
+            if len(value) < start:
+                raise InputError("the LMDB is damaged")
             identity, number, length, rest = HEADER.unpack_from(value)
-            entry = value[start : start + length] if 0 <= length <= len(value) else b""
+            # Nothing is read where a damaged page says that it lies, but as far as these agree.
+            if (identity, number) != (self.identity, index) or start + length + rest != len(value):
+                raise InputError("the LMDB is damaged, or not the one that was opened")
+            entry = value[start : start + length]
             right = zlib.crc32(entry, zlib.crc32(value[: HEADER.size]))
             if right != CRC.unpack_from(value, HEADER.size)[0]:
                 raise InputError("the LMDB is damaged")
-            if (identity, number) != (self.identity, index) or start + length + rest != len(value):
-                raise InputError("the LMDB is not the one that was opened, or it is damaged")
             return use(entry, value[start + length :])
 
         found = lmdb_file(*self.file).get(self.path, index.to_bytes(8, "big"), parse)
@@ -434,9 +437,16 @@ class LmdbImages(Images):
 
 def lmdb_head(identity, classes, counts):
     """The value of b"head"."""
-    head = {"identity": identity.hex(), "classes": classes, "counts": counts}
-    head = json.dumps(head).encode()
-    return zlib.crc32(head).to_bytes(4, "little") + head
+    head = json.dumps({"identity": identity.hex(), "classes": classes, "counts": counts}).encode()
+    return HEAD.pack(len(head), zlib.crc32(head)) + head
+
+
+def parse_head(value):
+    """What lmdb_head was told, or None."""
+    length, crc = HEAD.unpack_from(value) if len(value) >= HEAD.size else (0, 0)
+    if length + HEAD.size != len(value) or zlib.crc32(value[HEAD.size :]) != crc:
+        return None
+    return json.loads(bytes(value[HEAD.size :]))
 
 
 def lmdb_item(identity, number, entry, content):

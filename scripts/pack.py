@@ -22,7 +22,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from Data import leave_interrupts, open_images  # noqa: E402 (the line above makes it importable)
-from Stores import LmdbImages, TarImages, lmdb_head, lmdb_item  # noqa: E402
+from Stores import SLACK, LmdbImages, TarImages, lmdb_head, lmdb_item  # noqa: E402
 from Utils import InputError, run_command, say  # noqa: E402
 
 BATCH = 64  # images that a worker sends at a time
@@ -160,6 +160,7 @@ def write_lmdb(path, images, items):
         counts = [len(images.of_class(i)) for i in range(len(images.classes))]
         put(environment, [*waiting, (b"head", lmdb_head(identity, images.classes, counts))])
         environment.sync(True)
+    os.truncate(path, os.path.getsize(path) + SLACK)
     return sums
 
 
