@@ -177,25 +177,38 @@ class Reader:
 
 RECORD = struct.Struct("<qqqII")  # of an image: position, size, CRC of its header; its name
 COLUMNS = np.dtype("<i8, <i8, <i8, <u4, <u4")  # the same: position, size, name, name's length, CRC
-TRAILER = struct.Struct("<8sqqI")  # magic; where the records begin, where the head does; its CRC
+TRAILER = struct.Struct("<8sqqI")  # magic; where the records begin, where the head does; the CRC
 MAGIC = b"IMLEidx1"
 
 
 class Index:
     """An index file: classes, counts of images, `origin`, by which it is known to be current. An
-    OSError or ValueError where it is none."""
+    OSError or ValueError where it is none, or is damaged."""
 
     def __init__(self, path):
         self.file = Reader(path)
-        end = max(0, os.fstat(self.file.fileno()).st_size - TRAILER.size)
-        magic, self.records, start, crc = TRAILER.unpack(self.file.read(TRAILER.size, end))
+        self.trailer = self.read_trailer()
+        magic, self.records, start, crc = TRAILER.unpack(self.trailer)
+        end = os.fstat(self.file.fileno()).st_size - TRAILER.size
         if magic != MAGIC or not 0 <= self.records <= start <= end:
             raise ValueError(f"{path} is no index")
-        head = self.file.read(end - start, start)
-        if zlib.crc32(head) != crc:
+        found = 0
+        for position in range(0, end, 2**20):
+            found = zlib.crc32(self.file.read(min(2**20, end - position), position), found)
+        if found != crc:
             raise ValueError(f"{path} is damaged")
-        head = json.loads(head)
+        head = json.loads(self.file.read(end - start, start))
         self.classes, self.counts, self.origin = head["classes"], head["counts"], head["origin"]
+
+    def read_trailer(self):
+        """The end of the file, which tells one index from another."""
+        size = os.fstat(self.file.fileno()).st_size
+        return self.file.read(TRAILER.size, max(0, size - TRAILER.size))
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if self.read_trailer() != self.trailer:
+            raise InputError(f"{self.file.path} was made anew since the data was opened")
 
     def record(self, index):
         """(position, size, position of the name, its length, CRC of the header) of an image."""
@@ -210,7 +223,7 @@ class Index:
 def write_index(file, origin, groups):
     """Writes an index. groups: (class, entries as bytes, their positions, sizes, CRCs), in order;
     a class may come several times in a row."""
-    classes, counts, records, end = [], [], [], 0
+    classes, counts, records, end, crc = [], [], [], 0, 0
     for name, entries, *places in groups:
         if not classes or classes[-1] != name:
             classes.append(name)
@@ -219,16 +232,20 @@ def write_index(file, origin, groups):
         lengths = np.fromiter(map(len, entries), np.int64, len(entries))
         ends = end + lengths.cumsum()
         end += int(lengths.sum())
-        file.write(b"".join(entries))
+        names = b"".join(entries)
+        file.write(names)
+        crc = zlib.crc32(names, crc)
         columns = np.zeros(len(entries), COLUMNS)
         columns["f2"], columns["f3"] = ends - lengths, lengths
         for field, values in zip(("f0", "f1", "f4"), places, strict=False):
             columns[field] = values
         records.append(columns.tobytes())
-    file.write(b"".join(records))
     start = end + RECORD.size * sum(counts)
     head = json.dumps({"classes": classes, "counts": counts, "origin": origin}).encode()
-    file.write(head + TRAILER.pack(MAGIC, end, start, zlib.crc32(head)))
+    for data in (*records, head):
+        file.write(data)
+        crc = zlib.crc32(data, crc)
+    file.write(TRAILER.pack(MAGIC, end, start, crc))
 
 
 def temporary_index(owner, origin, groups):
@@ -318,7 +335,7 @@ class TarImages(Images):
         position, size, _, _, crc = self.index.record(index)
         data = self.file.read(BLOCK + max(0, size), position)
         if zlib.crc32(data[:BLOCK]) != crc:
-            raise InputError("the archive is not what its index was made of; delete the index")
+            raise InputError(f"its archive is not what {self.index.file.path} was made of")
         return data[BLOCK:] if size >= 0 else self.read_sparse(position)
 
     def read_sparse(self, position):
