@@ -244,7 +244,14 @@ def old_flags(header, size):
     header[156], header[257:265] = 0, bytes(8)
 
 
-@pytest.mark.parametrize("change", [binary_sizes, padded_sizes, twelve_digits, old_flags])
+def sizes_of_folders(header, size):
+    if header[156:157] == b"5":  # no content follows all the same
+        header[124:136] = b"00000004000\0"
+
+
+@pytest.mark.parametrize(
+    "change", [sizes_of_folders, binary_sizes, padded_sizes, twelve_digits, old_flags]
+)
 def test_headers_as_other_tools_write_them_are_understood(tmp_path, change):
     folder = make_folder(tmp_path / "train", SMALL)
     path = tar_of(folder)
@@ -579,6 +586,21 @@ class Keys(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return self.items[index, index]
+
+
+def test_a_process_that_forked_opens_an_lmdb_for_itself(stores):
+    images = Data.open_images(stores["lmdb"])
+    images.load(0)
+    opened = Stores.lmdb_file(*images.file)
+    inherited = opened.environment
+
+    def read():
+        images.load(0)
+        return f"{opened.process == os.getpid()} {opened.environment is not inherited}"
+
+    assert opened.process == os.getpid()
+    assert in_a_child(read) == "True True"
+    assert opened.environment is inherited
 
 
 def test_two_data_sets_of_one_lmdb_can_be_open_at_once(stores):
