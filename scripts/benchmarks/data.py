@@ -25,13 +25,13 @@ import Data
 from Augmentation import augment
 from Flags import whole
 from Stores import check_decoder
-from Utils import InputError
+from Utils import InputError, naming
 
 from .timing import Table, interleaved
 
 SCALE = {
     "name": ("store", "{}"),
-    "make_seconds": ("made in s", "{:.2f}"),
+    "made_seconds": ("made in s", "{:.2f}"),
     "microseconds": ("us/image", "{:.2f}"),
     "ratio": ("x tarfile", "{:.1f}"),
     "peak_mb": ("peak MB", "{:.0f}"),
@@ -65,6 +65,8 @@ def add_flags(parser):
 def measure(args):
     """Yields the Tables."""
     torch.set_num_threads(1)
+    if args.work and not Path(args.work).is_dir():
+        raise InputError(f"--work {args.work}: there is no such folder")
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         yield measure_loading(args, Path(folder))
         yield measure_scale(args, Path(folder))
@@ -85,7 +87,7 @@ def measure_scale(args, folder):
         min(3, args.repeats),
         warmup=0,
     )
-    rows = [{"name": "tarfile.getmembers", "make_seconds": seconds["tarfile"]}]
+    rows = [{"name": "tarfile.getmembers", "made_seconds": seconds["tarfile"]}]
     for kind in ("tar", "lmdb"):
         start = time.perf_counter()
         if kind == "lmdb":
@@ -99,7 +101,7 @@ def measure_scale(args, folder):
         rows.append(
             {
                 "name": f".{kind}",
-                "make_seconds": made,
+                "made_seconds": made,
                 "peak_mb": peak if kind == "tar" else None,
                 "open_seconds": opened,
                 "pickle_kb": len(pickle.dumps(images)) / 1000,
@@ -107,8 +109,8 @@ def measure_scale(args, folder):
             }
         )
     for row in rows:
-        row["microseconds"] = 1e6 * row["make_seconds"] / args.entries
-        row["ratio"] = seconds["tarfile"] / row["make_seconds"]
+        row["microseconds"] = 1e6 * row["made_seconds"] / args.entries
+        row["ratio"] = seconds["tarfile"] / row["made_seconds"]
         row["entries"] = args.entries
     return Table(
         f"{args.entries:,} tiny images in 1,000 classes, in the page cache",
@@ -208,8 +210,9 @@ def measure_loading(args, folder):
     """The Table of images per second and core, with crop and flip, from the page cache."""
     photos = Path(args.images) if args.images else make_photos(folder / "photos")
     stores = {"folder": photos, ".tar": folder / "photos.tar", ".lmdb": folder / "photos.lmdb"}
-    for path in list(stores.values())[1:]:
-        pack(photos, path)
+    with naming("--images"):
+        for path in list(stores.values())[1:]:
+            pack(photos, path)
     size = (args.input_size,) * 2
     decoders = ["pillow"]
     with contextlib.suppress(InputError):
