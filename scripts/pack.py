@@ -74,16 +74,18 @@ def pack(source, out, size=None, num_workers=None):
         if nested:
             raise InputError(f"{out}: folders within the only class would be taken for classes")
     partial, lock = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.lock")
+    index = out.with_name(f"{partial.name}.index")  # of a TAR that is checked
     try:
         with FileLock(lock, timeout=0), contextlib.ExitStack() as end:
             end.callback(lock.unlink, missing_ok=True)
-            end.callback(partial.unlink, missing_ok=True)
-            partial.unlink(missing_ok=True)
+            for path in (partial, index):
+                end.callback(path.unlink, missing_ok=True)
+                path.unlink(missing_ok=True)
             sums = write(partial, images, encoded(images, size, num_workers))
             check(store(partial), images, sums)
             os.replace(partial, out)
-            with contextlib.suppress(FileNotFoundError):  # a TAR has got its index already
-                os.replace(f"{partial}.index", f"{out}.index")
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(index, f"{out}.index")
     except Timeout:
         raise InputError(f"{out}: another process is packing it") from None
     except (OSError, lmdb.Error) as error:
