@@ -1,203 +1,54 @@
-"""Images in classes, from a folder or a TAR; few-shot subsets; which image is drawn when, and
-loading them."""
+"""Images in classes, and few-shot subsets of them; which image is drawn when, and loading them."""
 
+import contextlib
 import dataclasses
-import io
-import os
 import signal
-import tarfile
+import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from tqdm import tqdm
 
 from Augmentation import normalize
+from Stores import FolderImages, ImageError, LmdbImages, TarImages, check_decoder
 from Utils import (
     InputError,
     Stream,
     mix_seeds,
     naming,
     permutation,
+    random_bits,
     random_uniform,
     rank,
     seeded,
     world_size,
 )
 
-
-class ImageError(InputError):
-    """An image that can't be read."""
+MOST_BAD = 0.001  # of a data set: the share of its images that may be replaced
 
 
-class Images(Dataset):
-    """Encoded images in classes, in ImageFolder's order: by class, folder and file name. Items are
-    (image, target).
-
-    classes: sorted names; targets: (n,) int64, each image's class; subclasses add `read`."""
-
-    def __init__(self, path, names, targets, classes, transform=None):
-        self.path, self.transform = str(path), transform
-        self.classes, self.class_to_idx = classes, {name: i for i, name in enumerate(classes)}
-        self.targets = np.asarray(targets, dtype=np.int64)
-        self.names = np.array(
-            [os.fsencode(name) for name in names]
-        )  # one flat array: workers share it
-
-    def __len__(self):
-        return len(self.targets)
-
-    def __getitem__(self, index):
-        image = self.load(index)
-        return (image if self.transform is None else self.transform(image)), int(
-            self.targets[index]
-        )
-
-    def read(self, index):
-        """The encoded image, as bytes."""
-        raise NotImplementedError
-
-    def name(self, index):
-        """Where the image is, for messages."""
-        return os.fsdecode(self.names[index])
-
-    def load(self, index):
-        """The image as Pillow's RGB; an ImageError that names it where it is damaged."""
-        try:
-            return Image.open(io.BytesIO(self.read(index))).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ImageError(
-                f"{self.path}: cannot read the image {self.name(index)}: {error}"
-            ) from None
-
-
-class FolderImages(Images):
-    """Images as torchvision's ImageFolder finds them: path/class/.../image."""
-
-    def __init__(self, path, transform=None):
-        classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-        class_to_idx = {name: i for i, name in enumerate(classes)}
-        found = (
-            make_dataset(str(path), class_to_idx, IMG_EXTENSIONS, allow_empty=True)
-            if classes
-            else []
-        )
-        names, targets = zip(*found, strict=True) if found else ((), ())
-        check_classes(path, classes, targets)
-        super().__init__(path, names, targets, classes, transform)
-
-    def read(self, index):
-        return Path(self.name(index)).read_bytes()
-
-
-class TarImages(Images):
-    """Images in an uncompressed TAR as ROOT/class/.../image, where ROOT is all that the images'
-    folders have in common."""
-
-    def __init__(self, path, transform=None):
-        members = self.find(path)
-        if not members:
-            raise InputError(f"{path} holds no images ({', '.join(IMG_EXTENSIONS)})")
-        root = common_folders(members)
-        beside = [name for name in members if name.count("/") == len(root)]
-        if len(beside) == len(members):  # all in one folder, which then is the only class
-            root = root[:-1]
-        if any(name.count("/") <= len(root) for name in beside):
-            shown = f"{path} holds images outside of class folders"
-            raise InputError(f"{shown}: expected .../class/image, found {beside[0]}")
-        depth = len(root)
-        samples = sorted(
-            (name.split("/")[depth], *os.path.split(name), *at) for name, at in members.items()
-        )
-        classes = sorted({sample[0] for sample in samples})
-        class_to_idx = {name: i for i, name in enumerate(classes)}
-        names = [f"{folder}/{file}" for _, folder, file, _, _ in samples]
-        super().__init__(
-            path, names, [class_to_idx[sample[0]] for sample in samples], classes, transform
-        )
-        self.offsets, self.sizes = np.array([sample[3:] for sample in samples], dtype=np.int64).T
-        self.opened = None, None  # (process, file descriptor): a fork opens its own
-
-    @staticmethod
-    def find(path):
-        """{name: (offset, size)} of the images; where a name comes twice the later one counts."""
-        found = {}
-        try:
-            with tarfile.open(path, "r:") as archive:
-                for member in archive:
-                    name = os.path.normpath(member.name)
-                    if not name.lower().endswith(IMG_EXTENSIONS) or member.isdir():
-                        continue
-                    if member.islnk():  # a hard link: the content came before, by another name
-                        member = archive.getmember(member.linkname)
-                    if not member.isfile():
-                        raise InputError(f"{path}: {name} is a link, its image is not in there")
-                    found[name] = member.offset_data, member.size
-                end = archive.offset
-            with open(path, "rb") as file:
-                file.seek(end)
-                # tarfile takes anything that is no header for the end.
-                if file.read(512) != bytes(512):
-                    raise tarfile.ReadError("it ends without an end mark")
-        except (tarfile.ReadError, KeyError) as error:
-            shown = f"{path} is not a whole, uncompressed TAR archive"
-            raise InputError(f"{shown}: {error}") from None
-        return found
-
-    def __getstate__(self):
-        return {**self.__dict__, "opened": (None, None)}
-
-    def read(self, index):
-        if self.opened[0] != os.getpid():
-            self.opened = os.getpid(), os.open(self.path, os.O_RDONLY)
-        return os.pread(self.opened[1], int(self.sizes[index]), int(self.offsets[index]))
-
-
-def common_folders(names):
-    """The folders that all names start with, as a list."""
-    folders = [name.split("/")[:-1] for name in names]
-    first, last = min(folders), max(folders)
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
-        min(len(first), len(last)),
-    )
-    return first[:shared]
-
-
-def check_classes(path, classes, targets):
-    """Refuses a folder without class folders, or with a class that has no image, as ImageFolder
-    does."""
-    if not classes:
-        raise InputError(f"{path} has no class folders: expected {path}/class/image")
-    if len(targets) == 0:
-        raise InputError(
-            f"{path} holds no images in its class folders ({', '.join(IMG_EXTENSIONS)})"
-        )
-    used = set(targets)
-    empty = [name for i, name in enumerate(classes) if i not in used]
-    if empty:
-        raise InputError(
-            f"{path}: no image in the class folder {empty[0]}"
-            + f" ({len(empty)} such)" * (len(empty) > 1)
-        )
-
-
-def open_images(path, transform=None):
-    """The Images at `path`: a folder as torchvision's ImageFolder reads, or a .tar of one."""
+def open_images(path, transform=None, *, image_decoder="pillow", skip_bad_images=False):
+    """The Images at `path`: a folder as torchvision's ImageFolder reads, a .tar of one, or an .lmdb
+    that scripts/pack.py made. skip_bad_images: an ImageLoader replaces damaged ones."""
+    check_decoder(image_decoder)
     path = Path(path).expanduser()
+    options = {"transform": transform, "image_decoder": image_decoder, "skip_bad": skip_bad_images}
     try:
         if not path.exists():
             raise InputError(f"{path} does not exist")
+        if path.suffix.lower() == ".lmdb":
+            return LmdbImages(path, **options)
         if path.is_dir():
-            return FolderImages(path, transform)
-        if path.suffix == ".tar":
-            return TarImages(path, transform)
+            return FolderImages(path, **options)
+        if path.suffix.lower() == ".tar":
+            return TarImages(path, **options)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    raise InputError(f"{path} is neither a folder nor a .tar")
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    raise InputError(f"{path} is neither a folder nor a .tar (uncompressed) nor an .lmdb")
 
 
 class Subset(Dataset):
@@ -206,15 +57,31 @@ class Subset(Dataset):
     def __init__(self, images, classes, indices):
         self.images, self.indices, self.classes = images, indices, classes
         self.class_to_idx = {name: i for i, name in enumerate(classes)}
-        dense = np.full(len(images.classes), -1)
-        dense[[images.classes.index(name) for name in classes]] = np.arange(len(classes))
-        self.targets = dense[images.targets[indices]]
+        self.path, self.skip_bad = images.path, images.skip_bad
+        self.dense = np.full(len(images.classes), -1)  # its class of each class of the other's
+        self.dense[[images.class_to_idx[name] for name in classes]] = np.arange(len(classes))
+
+    @cached_property
+    def targets(self):
+        """Each image's class: (n,) int64."""
+        return self.dense[self.images.targets[self.indices]]
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "targets"}
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, index):
-        return self.images[self.indices[index]][0], int(self.targets[index])
+        return self.images[self.indices[index]][0], self.target(index)
+
+    def target(self, index):
+        """The class of an image, as a number."""
+        return int(self.dense[self.images.target(self.indices[index])])
+
+    def of_class(self, target):
+        """The images of a class, as a sequence of indices."""
+        return np.flatnonzero(self.targets == target)
 
     def load(self, index):
         return self.images.load(self.indices[index])
@@ -227,12 +94,14 @@ def few_shot(images, n_way, n_shot, seed):
     """The subset of n_way classes, evenly spaced in sorted order, with n_shot images each, chosen
     by seed; -1: all."""
     n_classes = len(images.classes)
+    if n_way in (-1, n_classes) and n_shot == -1:
+        return images  # a subset of all would only cost memory
     ways = range(n_classes) if n_way == -1 else [i * n_classes // n_way for i in range(n_way)]
     if len(ways) > n_classes:
         raise InputError(f"{n_way} classes wanted, but there are {n_classes}")
     chosen = []
     for way in ways:
-        indices = np.flatnonzero(images.targets == way)
+        indices = np.asarray(images.of_class(way))
         if n_shot > len(indices):
             raise InputError(
                 f"{n_shot} images a class wanted, but {images.classes[way]} has {len(indices)}"
@@ -246,25 +115,28 @@ def few_shot(images, n_way, n_shot, seed):
 
 def with_classes(images, classes):
     """All images of the classes of these names; refused where one is missing."""
-    missing = [name for name in classes if name not in images.classes]
+    if list(classes) == images.classes:
+        return images
+    missing = [name for name in classes if name not in images.class_to_idx]
     if missing:
         raise InputError(
             f"no class {missing[0]}, which the training data has"
             + f" ({len(missing)} such)" * (len(missing) > 1)
         )
-    ways = [images.classes.index(name) for name in classes]
+    ways = [images.class_to_idx[name] for name in classes]
     return Subset(images, list(classes), np.flatnonzero(np.isin(images.targets, ways)))
 
 
-def open_pair(data_tr, data_val, *, n_way, n_shot, seed, same_classes=True):
+def open_pair(data_tr, data_val, *, n_way, n_shot, seed, same_classes=True, **options):
     """Training images, reduced to a few-shot subset, and validation images of the same classes (of
-    all, where same_classes is false: no labels are needed); messages name the flags."""
+    all, where same_classes is false: no labels are needed); messages name the flags. options: those
+    of open_images."""
     with naming("--data_tr"):
-        images_tr = open_images(data_tr)
+        images_tr = open_images(data_tr, **options)
     with naming("--train_n_way" if n_way > len(images_tr.classes) else "--train_n_shot"):
         images_tr = few_shot(images_tr, n_way, n_shot, seed)
     with naming("--data_val"):
-        images_val = open_images(data_val)
+        images_val = open_images(data_val, **options)
         if same_classes:
             images_val = with_classes(images_val, images_tr.classes)
     return images_tr, images_val
@@ -276,12 +148,16 @@ def open_pair(data_tr, data_val, *, n_way, n_shot, seed, same_classes=True):
 def even_indices(n, first, count, seed, shuffle=True):
     """Numbers `first` to `first + count` of an endless sequence that passes over range(n), each
     time in another order: int64 (count,). So every index is drawn k or k-1 times, whatever is taken
-    at a time, and there is no state to save."""
+    at a time. Its whole state is `first`: what comes next depends on nothing that came before."""
     positions = torch.arange(first, first + count)
-    if not shuffle:
+    if not shuffle or not count:
         return positions % n
-    passes = range(first // n, (first + count - 1) // n + 1)
-    orders = torch.cat([permutation(n, mix_seeds(seed, p)) for p in passes])
+    passes = torch.arange(first // n, (first + count - 1) // n + 1)
+    seeds = mix_seeds(seed, passes)
+    if n < 256:  # there may be very many passes, so all at once
+        orders = random_bits(seeds[:, None], torch.arange(n)).argsort(1).flatten()
+    else:
+        orders = torch.cat([permutation(n, s) for s in seeds.tolist()])
     return orders[positions - passes[0] * n]
 
 
@@ -296,16 +172,32 @@ def occurrences(indices):
 
 
 class SeededImages(Dataset):
-    """Items (index, seed) -> uint8 (3, H, W): the image transformed by random numbers from the seed
-    alone."""
+    """Items (index, seed) -> uint8 (3, H, W), the image transformed by random numbers from the seed
+    alone, and whether another took its place: where the images skip_bad, the next of its class that
+    can be read replaces a damaged one."""
 
     def __init__(self, images, transform):
         self.images, self.transform = images, transform
 
     def __getitem__(self, key):
         index, seed = key
+        image, replaced = self.load(index)
         with seeded(seed):
-            return self.transform(self.images.load(index))
+            return self.transform(image), replaced
+
+    def load(self, index):
+        """The image, or its replacement, and whether it is that."""
+        try:
+            return self.images.load(index), False
+        except ImageError:
+            if not self.images.skip_bad:
+                raise
+        others = self.images.of_class(self.images.target(index))
+        place = int(np.searchsorted(others, index))
+        for other in [*others[place + 1 :], *others[:place]]:
+            with contextlib.suppress(ImageError):
+                return self.images.load(other), True
+        return self.images.load(index), True  # none can be read: the error again
 
 
 def leave_interrupts(_):
@@ -318,7 +210,7 @@ class ImageLoader:
     `persistent`."""
 
     def __init__(self, images, transform, *, num_workers, persistent=False, pin_memory=False):
-        self.images = images
+        self.images, self.bad = images, set()  # bad: indices of images that had to be replaced
         self.batches = []  # what the workers load next; the loader asks when it is iterated
         self.loader = DataLoader(
             SeededImages(images, transform),
@@ -340,7 +232,27 @@ class ImageLoader:
         self.batches[:] = [
             list(zip(indices[rows].tolist(), seeds[rows].tolist(), strict=True)) for rows in slices
         ]
-        yield from zip(slices, self.loader, strict=True)
+        for rows, (images, replaced) in zip(slices, self.loader, strict=True):
+            if replaced.any():
+                self.count_bad(indices[rows][replaced].tolist())
+            yield rows, images
+
+    def count_bad(self, indices):
+        """Tells of images that were replaced, each once; an InputError when there are too many."""
+        for index in indices:
+            if index not in self.bad:
+                self.bad.add(index)
+                count = f"{len(self.bad)} of {len(self.images)} images replaced so far"
+                try:
+                    self.images.load(index)  # again, to hear why
+                except ImageError as error:
+                    tqdm.write(f"warning: {error}; {count}", file=sys.stderr)
+        if len(self.bad) > MOST_BAD * len(self.images):
+            raise InputError(
+                f"--skip_bad_images: {len(self.bad)} of {len(self.images)} images in "
+                f"{self.images.path} can't be read, more than {MOST_BAD:.1%}; "
+                f"one is {self.images.name(index)}"
+            )
 
 
 def copied(chunks, device):

@@ -10,8 +10,10 @@ import sys
 
 import torch
 
+from Data import MOST_BAD
 from Models import ACTIVATIONS, DECODERS, INJECTIONS, PRESETS
-from Utils import InputError, say
+from Stores import IMAGE_DECODERS, check_decoder
+from Utils import InputError, naming, say
 from Weights import PUBLISHED, SOURCES, read_checkpoint
 
 # -------------------------------------------------------------------------------------------------
@@ -93,7 +95,8 @@ def data_flags(parser):
     """The flags that training and probes share: images, seed, devices."""
     add = parser.add_argument_group("data").add_argument
     add("--data_tr", required=True, metavar="PATH",
-        help="training images: a folder with one folder per class, or a .tar of one")
+        help="training images: a folder with one folder per class, a .tar of one, or an .lmdb "
+        "of scripts/pack.py")
     add("--data_val", required=True, metavar="PATH", help="validation images, likewise")
     add("--train_n_way", type=whole(1, also=-1), default=-1, metavar="CLASSES",
         help="few-shot training: classes, evenly spaced in sorted order; -1: all")
@@ -101,6 +104,11 @@ def data_flags(parser):
         help="few-shot training: images per class, chosen by --seed; -1: all")
     add("--use_augs", **SWITCH, default=1,
         help="1: random resized crop and flip, centre crop for tests; 0: plain resize for both")
+    add("--image_decoder", choices=IMAGE_DECODERS, default="pillow",
+        help="torchcodec (to be installed): about twice as fast, differs from pillow by rounding")
+    add("--skip_bad_images", **SWITCH, default=0,
+        help="1: replace damaged images by others of their class, up to "
+        f"{MOST_BAD * 1000:g} in 1000; 0: stop")
     add("--num_workers", type=whole(0), default=WORKERS, metavar="N",
         help="loader workers per process; default: cores, at most 8")
     add("--seed", type=whole(0, 2**31), default=0, metavar="N", help="of everything that is random")
@@ -371,6 +379,8 @@ def check_mask_ratio(mask_ratio, n_patches):
 
 def resolve_shared_flags(flags):
     """Resolves, in place, what training and probes have in common."""
+    with naming("--image_decoder"):
+        check_decoder(flags.image_decoder)
     flags.gpus = device_names(flags.gpus, flags.processes)
     if flags.probe_augs_per_image > 1 and not flags.use_augs:
         given = flags.probe_augs_per_image

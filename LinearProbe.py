@@ -200,6 +200,8 @@ def start(flags):
         n_way=flags.train_n_way,
         n_shot=flags.train_n_shot,
         seed=flags.seed,
+        image_decoder=flags.image_decoder,
+        skip_bad_images=bool(flags.skip_bad_images),
     )
     launch(run, flags.gpus, flags, *images)
 

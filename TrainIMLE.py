@@ -661,6 +661,8 @@ def start(flags):
         n_way=flags.train_n_way,
         n_shot=flags.train_n_shot,
         seed=flags.seed,
+        image_decoder=flags.image_decoder,
+        skip_bad_images=bool(flags.skip_bad_images),
         same_classes=bool(flags.fast_linear_probe) or flags.train_n_way != -1,
     )
     launch(run, flags.gpus, flags, *images)

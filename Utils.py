@@ -199,7 +199,7 @@ def say(text):
 def write_atomically(path, content):
     """Writes bytes, or what `content(file)` writes: all of it or, whatever happens, nothing."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
             content(file) if callable(content) else file.write(content)

@@ -55,6 +55,18 @@ def test_the_benchmark_of_training_compares_steps(tmp_path):
     assert len(found) == 3 and all(row["images_per_sec"] > 0 for row in found)
 
 
+def test_the_benchmark_of_data_compares_stores(tmp_path):
+    options = "--entries 2000 --reads 1000 --repeats 1 --most 4 --input_size 32".split()
+    options += ["--work", tmp_path, "--json", tmp_path / "rows.json"]
+    command("data", *options, program=PROGRAM)
+    found = {name: row for (name, _), row in rows(tmp_path / "rows.json").items()}
+    for name in ("folder, pillow", ".tar, pillow", ".lmdb, pillow"):
+        assert found[name]["images_per_sec"] > 0 and found[name]["ratio_to_folder"] > 0
+    for name in (".tar", ".lmdb"):
+        assert found[name]["made_seconds"] > 0 and found[name]["pickle_kb"] < 100
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_plain_way_computes_what_the_model_does(norm_pix_loss, fused):
@@ -74,11 +86,14 @@ def test_the_plain_way_computes_what_the_model_does(norm_pix_loss, fused):
         (["sampling", "--data", "nowhere"], "--data: nowhere"),
         (["frontier", "--checkpoint", "tests/golden/hf_vitmae_tiny"], "has no codes"),
         (["train", "--input_size", "30"], "--input_size 30"),
+        (["data", "--images", "nowhere"], "--images: nowhere"),
+        (["data", "--work", "nowhere"], "--work nowhere"),
         (["train", "--arch", "vit_giant"], "--arch"),
     ],
 )
 def test_bad_input_ends_in_one_line(options, named):
     small = [*TINY[:4], *TINY[6:], *("--ns 2".split() if options[0] != "train" else [])]
+    small = [] if options[0] == "data" else small
     done = command(options[0], *small, *options[1:], program=PROGRAM, check=False)
     assert done.returncode == 2 and named in done.stderr
     assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr

@@ -2,13 +2,16 @@
 brute force."""
 
 import bz2
+import contextlib
 import gc
 import gzip
+import io
 import itertools
 import lzma
 import multiprocessing
 import os
 import pickle
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +19,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, TINY, command
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.cbook import get_sample_data
 from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
@@ -23,14 +30,23 @@ from torchvision.transforms import v2 as T
 
 import Augmentation
 import Data
+import Flags
+import Stores
 import Utils
 from Utils import InputError, seeded
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import pack  # noqa: E402 (the line above makes it importable)
 
 LONG = "/".join(["long" * 30] * 3)  # longer than any header field of a TAR
 NAMES = (
     "cat/2.png cat/10.png cat/a/1.png cat/a-b/1.png cat/a/b/1.png cat-2/1.png cat_3/x.y.png "
     f"Dog/N01.JPEG Dog/n01.jpg éclair/日本.png dog/{LONG}.png"
 ).split() + ["a b/c d.png"]
+DECODERS = ["pillow"]
+with contextlib.suppress(InputError):  # not installed, or made for another torch
+    Stores.check_decoder("torchcodec")
+    DECODERS.append("torchcodec")
 POOL = {"seed": 3, "shuffle": True, "fix_mask_noise": False, "image_size": (6, 8), "n_patches": 5}
 
 
@@ -62,19 +78,20 @@ def assert_equals_image_folder(images, folder):
     assert images.targets.tolist() == expected.targets
     assert len(images) == len(expected)
     for i, (path, target) in enumerate(expected.samples):
-        assert images.name(i).endswith(os.path.relpath(path, folder))
+        assert images.entry(i) == os.path.relpath(path, folder)
         image, label = images[i]
         assert label == target
         assert np.array_equal(image, expected[i][0])
 
 
-class Named(Data.Images):
+class Named(Stores.Images):
     """Images that exist by name only: `counts` of each class."""
 
     def __init__(self, *counts):
-        targets = np.repeat(np.arange(len(counts)), counts)
-        names = [f"{i}.png" for i in range(len(targets))]
-        super().__init__("nowhere", names, targets, [f"class{i:03}" for i in range(len(counts))])
+        super().__init__("nowhere", [f"class{i:03}" for i in range(len(counts))], counts)
+
+    def entry(self, index):
+        return f"{self.classes[self.target(index)]}/{index}.png"
 
 
 @pytest.fixture(scope="module")
@@ -206,19 +223,6 @@ def test_what_is_neither_folder_nor_tar_is_refused(tmp_path, name):
         Data.open_images(tmp_path / name)
 
 
-def test_checking_the_classes_does_not_take_a_pass_over_the_targets_for_each():
-    class Counted(list):
-        passes = 0
-
-        def __iter__(self):
-            self.passes += 1
-            return super().__iter__()
-
-    targets = Counted(range(50))
-    Data.check_classes("x", [str(i) for i in range(50)], targets)
-    assert targets.passes <= 2
-
-
 # -------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +246,7 @@ def test_a_damaged_image_is_an_error_that_names_it(tmp_path, make):
     images = Data.open_images(make(folder))
     images.load(0)
     for index, name in enumerate(["a/cut.jpg", "b/empty.jpg", "b/text.png"], start=1):
-        with pytest.raises(Data.ImageError, match=name):
+        with pytest.raises(Stores.ImageError, match=name):
             images.load(index)
 
 
@@ -261,22 +265,278 @@ def test_a_damaged_image_ends_the_command_in_one_line(
     assert line.startswith("error: ") and "a/cut.jpg" in line
 
 
-@pytest.mark.parametrize(
-    "kind",
-    "CMYK.jpg L.jpg L.png 1.png P.png LA.png RGBA.png RGB.webp F.tiff I;16.png I;16.tiff".split(),
+def encoded(image, form, **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def photo():
+    """A photograph."""
+    return Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")
+
+
+def odd_images(photo):
+    """{name: encoded image} of every kind that is met."""
+    photo = photo.crop((90, 20, 187, 151))
+    grey, palette, turned = photo.convert("L"), photo.quantize(16), Image.Exif()
+    turned[0x0112] = 6  # orientation: a viewer turns the image
+    made = {f"{mode}.jpg": encoded(photo.convert(mode), "jpeg") for mode in ("CMYK", "L", "RGB")}
+    made |= {f"{n}.jpg": encoded(photo, "jpeg", subsampling=n) for n in (0, 1)}
+    made |= {f"{m}.png": encoded(photo.convert(m), "png") for m in ("1", "L", "LA", "P", "RGBA")}
+    sixteen = Image.fromarray(np.array(grey).astype(np.uint16) * 2)
+    whole, in_exif = encoded(photo, "jpeg", quality=90), encoded(photo, "jpeg", exif=turned)
+    return made | {
+        "progressive.jpg": encoded(photo, "jpeg", progressive=True),
+        "turned.jpg": in_exif,
+        # Behind another segment and a marker that is filled up.
+        "turned late.jpg": in_exif[:2] + b"\xff\xfe\0\x0aa commen\xff\xff" + in_exif[2:],
+        "turned.png": encoded(photo, "png", exif=turned),
+        "sixteen.png": encoded(sixteen, "png"),
+        "sixteen.tiff": encoded(sixteen, "tiff"),
+        "float.tiff": encoded(grey.convert("F"), "tiff"),
+        "transparent.png": encoded(palette, "png", transparency=bytes(range(16))),
+        "transparent one.png": encoded(palette, "png", transparency=3),
+        "a png.JPEG": encoded(photo, "png"),
+        "a jpeg.png": whole,
+        "one pixel.jpg": encoded(photo.crop((0, 0, 1, 1)), "jpeg"),
+        "webp.webp": encoded(photo, "webp"),
+        "bmp.bmp": encoded(photo, "bmp"),
+        "pgm.pgm": encoded(grey, "ppm"),
+        "followed by more.jpg": whole + b"more" * 9,
+        "changed.jpg": whole[:2500] + bytes(4) + whole[2504:],
+    }
+
+
+def damaged_images(photo):
+    """{name: what is no image}."""
+    whole = encoded(photo.crop((90, 20, 187, 151)), "jpeg", quality=90)
+    return {
+        "cut.jpg": whole[: len(whole) * 2 // 3],
+        "cut at the end.jpg": whole[:-2],
+        "cut.png": encoded(photo, "png")[:5000],
+        "nothing.jpg": b"",
+        "text.png": b"no image",
+        "zeros.jpg": bytes(500),
+        "start.jpg": whole[:2],
+    }
+
+
+def pixels(image):
+    """(H, W, 3) of an image in either form."""
+    return np.asarray(image.permute(1, 2, 0) if isinstance(image, torch.Tensor) else image)
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("image_decoder", DECODERS)
+def test_odd_images_are_the_same_in_each_store_as_in_image_folder(tmp_path, photo, image_decoder):
+    folder, damaged = make_folder(tmp_path / "train", ["a/1.png", "b/1.png"]), damaged_images(photo)
+    for name, content in (odd_images(photo) | damaged).items():
+        (folder / "a" / name).write_bytes(content)
+    pack.pack(folder, tmp_path / "x.lmdb")
+    expected, refused = ImageFolder(folder), set()
+    for path in (folder, tar_of(folder), tmp_path / "x.lmdb"):
+        images = Data.open_images(path, image_decoder=image_decoder)
+        for i, (name, target) in enumerate(expected.samples):
+            assert images.target(i) == target
+            name = os.path.basename(name)
+            if name in damaged:
+                with pytest.raises(Stores.ImageError) as refusal:
+                    images.load(i)
+                (line,) = str(refusal.value).splitlines()
+                assert str(path) in line and f"a/{name}: " in line
+                refused.add(name)
+            else:
+                assert np.array_equal(pixels(images.load(i)), expected[i][0]), name
+    assert refused == damaged.keys()
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg", "webp", "tiff", "gif", "bmp"])
+def test_bytes_damaged_anywhere_are_an_image_or_an_error(tmp_path, photo, form):
+    whole = encoded(photo.resize((40, 50)), form)
+    folder = make_folder(tmp_path, ["a/1.png"])
+    random_ = random.Random(0)
+    for _ in range(100):
+        content = bytearray(whole)
+        for _ in range(random_.randrange(1, 4)):
+            start = random_.randrange(len(content))
+            content[start : start + random_.randrange(1, 9)] = random_.randbytes(3)
+        (folder / "a/1.png").write_bytes(content)
+        for image_decoder in DECODERS:
+            try:
+                image = Data.open_images(folder, image_decoder=image_decoder).load(0)
+                assert pixels(image).shape[2] == 3
+            except Stores.ImageError as error:
+                assert "a/1.png" in str(error)
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif("torchcodec" not in DECODERS, reason="torchcodec does not load")
+@pytest.mark.parametrize("name", ["augment", "resize", "center_crop"])
+def test_torchcodec_s_pipeline_differs_from_pillow_s_by_rounding(photo, name):
+    content, transform = encoded(photo, "jpeg"), getattr(Augmentation, name)((96, 112))
+    differences = []
+    for seed in range(20):
+        with seeded(seed):
+            pillow = transform(Stores.decode_by_pillow(content))
+            after = torch.rand(1)
+        with seeded(seed):
+            tensor = transform(Stores.decode_by_torchcodec(content))
+            assert torch.rand(1) == after
+        differences.append((pillow.int() - tensor.int()).abs().float())
+    differences = torch.stack(differences)
+    assert differences.mean() < 0.1 and differences.max() <= 12
+
+
+def test_augment_draws_and_computes_what_torchvision_s_transforms_do(photo):
+    crop = T.RandomResizedCrop((48, 40), scale=(0.2, 1), interpolation=InterpolationMode.BICUBIC)
+    theirs = T.Compose([crop, T.RandomHorizontalFlip(), T.PILToTensor()])
+    ours = Augmentation.augment((48, 40))
+    for seed in range(20):
+        for image in (photo, T.functional.pil_to_tensor(photo)):
+            with seeded(seed):
+                expected = theirs(image), torch.rand(1)
+            with seeded(seed):
+                assert torch.equal(ours(image), expected[0])
+                assert torch.rand(1) == expected[1]
+
+
+def test_a_decoder_that_is_not_installed_ends_in_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with pytest.raises(InputError, match="torchcodec does not load .*pip install"):
+        Data.open_images(ROOT / "demo/mnist_val.tar", image_decoder="torchcodec")
+    with pytest.raises(SystemExit) as ended:
+        Flags.parse_flags("--data_tr a --data_val b --image_decoder torchcodec".split())
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--image_decoder: torchcodec does not load" in line
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def thousand(tmp_path):
+    """A folder of 2,000 tiny images in 4 classes, those of c0 different from each other."""
+    content = encoded(picture(0, size=(2, 2)), "png")
+    for i in range(2000):
+        (tmp_path / f"c{i % 4}").mkdir(exist_ok=True)
+        if i % 4:
+            (tmp_path / f"c{i % 4}/{i:04}.png").write_bytes(content)
+        else:
+            picture(i, size=(3, 2)).save(tmp_path / f"c0/{i:04}.png")
+    return tmp_path
+
+
+def test_skip_bad_images_replaces_by_the_next_of_the_class_up_to_one_in_a_thousand(
+    thousand, capsys, no_workers_left
+):
+    resize, indices = Augmentation.resize((2, 3)), torch.arange(500)
+    whole, replaced = Data.open_images(thousand), {250: 251, 499: 0}
+    expected = [resize(whole.load(replaced.get(i, i))) for i in range(500)]
+    for name in ("1000", "1996"):  # one in the middle and the last of c0
+        (thousand / f"c0/{name}.png").write_bytes(b"no image")
+    images = Data.open_images(thousand, skip_bad_images=True)
+    for num_workers in (0, 2):
+        loader = Data.ImageLoader(images, resize, num_workers=num_workers)
+        for _ in range(2):  # bad images are told of once
+            assert torch.equal(load_all(loader, indices, indices, 64), torch.stack(expected))
+        assert loader.bad == replaced.keys()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+    assert len(lines) == 4
+    assert "c0/1000.png: " in lines[0] and "; 1 of 2000 images replaced" in lines[0]
+    (thousand / "c1/0001.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"3 of 2000 images .* more than 0.1%.*c1/0001.png"):
+        load_all(loader, *[torch.arange(502)] * 2, 64)
+    with pytest.raises(Stores.ImageError, match="c0/1000.png"):
+        load_all(Data.ImageLoader(Data.open_images(thousand), resize, num_workers=0), indices,
+            indices)  # fmt: skip
+
+
+def test_in_a_subset_a_damaged_image_is_replaced_from_the_subset(thousand):
+    images = Data.open_images(thousand, skip_bad_images=True)
+    subset = Data.few_shot(images, 2, 3, seed=0)
+    chosen = subset.of_class(1)
+    (thousand / images.entry(subset.indices[chosen[2]])).write_bytes(b"no image")
+    picture(5).save(thousand / images.entry(subset.indices[chosen[0]]))
+    items = Data.SeededImages(subset, Augmentation.resize((2, 3)))
+    assert items[chosen[2], 0][1] and not items[chosen[0], 0][1]
+    assert torch.equal(items[chosen[2], 0][0], items[chosen[0], 0][0])
+
+
+def test_a_class_without_one_sound_image_is_an_error(thousand):
+    for path in (thousand / "c2").iterdir():
+        path.write_bytes(b"no image")
+    items = Data.SeededImages(
+        Data.open_images(thousand, skip_bad_images=True), Augmentation.resize((2, 3))
+    )
+    with pytest.raises(Stores.ImageError, match="c2/0002.png"):
+        items[1000, 0]
+
+
+@pytest.mark.slow
+def test_a_run_skips_bad_images_only_when_asked_to(thousand, tmp_path_factory):
+    (thousand / "c0/0008.png").write_bytes(b"no image")
+    pack.pack(thousand, tmp_path_factory.mktemp("packed") / "x.lmdb")
+    data = tmp_path_factory.getbasetemp().glob("packed*/x.lmdb")
+    arguments = [*TINY, "--data_tr", next(data), "--data_val", thousand, "--ex_per_epoch", 2000]
+    arguments += ["--ipe", 170, "--epochs", 1, "--ignore_z", 1, "--fast_linear_probe", 0]
+    arguments += ["--steps_per_eval", 0, "--save_folder", tmp_path_factory.mktemp("runs")]
+    refused = command(*arguments, check=False)
+    assert refused.returncode == 2
+    assert "x.lmdb/c0/0008.png: cannot identify" in refused.stderr.splitlines()[-1]
+    done = command(*arguments, "--skip_bad_images", 1)
+    assert "1 of 2000 images replaced" in done.stderr
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+PROPERTIES = settings(max_examples=150, deadline=None)
+
+
+@PROPERTIES
+@given(
+    n=st.integers(1, 600),
+    sizes=st.lists(st.integers(0, 300), max_size=8),
+    start=st.integers(0, 3),
+    seed=st.integers(0, 2**31),
+    shuffle=st.booleans(),
 )
-def test_images_of_every_mode_become_rgb_as_in_image_folder(tmp_path, kind):
-    mode, ending = kind.split(".")
-    image = picture(0, "L" if mode == "I;16" else mode)
-    if mode == "I;16":
-        image = Image.fromarray(np.array(image).astype(np.uint16) * 2)
-    (tmp_path / "a").mkdir()
-    image.save(tmp_path / f"a/1.{ending}")
-    images = Data.open_images(tmp_path, Augmentation.resize((4, 6)))
-    assert images.load(0).mode == "RGB"
-    assert np.array_equal(images.load(0), ImageFolder(tmp_path)[0][0])
-    assert images[0][0].shape == (3, 4, 6)
-    assert images[0][0].dtype == torch.uint8
+def test_however_they_are_taken_all_indices_are_drawn_k_or_one_less_times(
+    n, sizes, start, seed, shuffle
+):
+    first = start * n  # the sequence's only state
+    drawn = []
+    for size in sizes:
+        drawn += Data.even_indices(n, first + len(drawn), size, seed, shuffle).tolist()
+        counts = np.bincount(drawn, minlength=n)
+        assert len(counts) == n and counts.max() - counts.min() <= 1
+    assert drawn == Data.even_indices(n, first, len(drawn), seed, shuffle).tolist()
+
+
+@PROPERTIES
+@given(counts=st.lists(st.integers(1, 12), min_size=1, max_size=40), data=st.data())
+def test_few_shot_subsets_are_exactly_what_was_asked_for(counts, data):
+    images = Named(*counts)
+    n_way = data.draw(st.integers(1, len(counts)) | st.just(-1))
+    n_shot = data.draw(st.integers(1, min(counts)) | st.just(-1))
+    seed = data.draw(st.integers(0, 2**31))
+    subset = Data.few_shot(images, n_way, n_shot, seed)
+    ways = len(counts) if n_way == -1 else n_way
+    assert subset.classes == [images.classes[i * len(counts) // ways] for i in range(ways)]
+    for target, name in enumerate(subset.classes):
+        members = [subset.name(i) for i in subset.of_class(target)]
+        assert all(f"/{name}/" in member for member in members)
+        wanted = counts[images.class_to_idx[name]] if n_shot == -1 else n_shot
+        assert len(set(members)) == len(members) == wanted
+    assert [subset.target(i) for i in range(len(subset))] == subset.targets.tolist()
+    inner = Data.few_shot(subset, 1, 1, seed)
+    assert inner.classes == subset.classes[:1] and inner.targets.tolist() == [0]
+    assert f"/{inner.classes[0]}/" in inner.name(0)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -495,7 +755,7 @@ def test_pixels_do_not_depend_on_workers_and_the_global_random_state_stays(opene
     expected = torch.stack(expected).view(2, 11, 3, 6, 8)
     assert not torch.equal(*expected)
     state = torch.get_rng_state()
-    for num_workers, persistent in (0, False), (2, False), (2, True):
+    for num_workers, persistent in (0, False), (7, False), (2, True):
         loader = Data.ImageLoader(opened, augment, num_workers=num_workers, persistent=persistent)
         assert torch.equal(load_all(loader, indices, rounds[0]), expected[0])
         if persistent:
@@ -517,8 +777,8 @@ def test_processes_share_out_whole_chunks(opened, monkeypatch):
 
 def test_seeds_decide_the_crop(opened):
     items = Data.SeededImages(opened, Augmentation.augment((6, 6)))
-    assert torch.equal(items[0, 1], items[0, 1])
-    assert len({items[0, seed].numpy().tobytes() for seed in range(8)}) == 8
+    assert torch.equal(items[0, 1][0], items[0, 1][0])
+    assert len({items[0, seed][0].numpy().tobytes() for seed in range(8)}) == 8
 
 
 def test_normalize_and_denormalize_are_inverse():
