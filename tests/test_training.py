@@ -39,6 +39,16 @@ def chunk(model):
     return torch.randn(5, 3, 28, 28), torch.rand(5, 49), torch.arange(5)
 
 
+def digits(n):
+    """Validation digits, evenly spaced: images, mask noise and seeds."""
+    torch.manual_seed(0)
+    images = Data.open_images(ROOT / "demo/mnist_val.tar")
+    loader = Data.ImageLoader(images, transforms((28, 28), use_augs=False)[1], num_workers=0)
+    indices = torch.arange(n) * len(images) // n
+    ((_, pixels),) = loader.chunks(indices, indices, n)
+    return TrainIMLE.normalize(pixels), torch.rand(n, 49), indices
+
+
 def brute_force(model, images, mask_noise, seeds, n_codes):
     """Losses (N, n_codes): every code through the whole network, all tokens decoded."""
     losses = []
@@ -101,26 +111,10 @@ def test_codes_nearer_than_epsilon_are_chosen_only_where_all_are(model, chunk):
 
 @torch.no_grad()
 def test_the_surrogate_chooses_nearly_as_well_as_all_codes_by_a_fifth_of_the_tries(model):
-    torch.manual_seed(0)
-    images = Data.open_images(ROOT / "demo/mnist_val.tar")
-    loader = Data.ImageLoader(images, transforms((28, 28), use_augs=False)[1], num_workers=0)
-    indices = torch.arange(0, 1000, 25)
-    ((_, pixels),) = loader.chunks(indices, indices, 100)
-    chunk = TrainIMLE.normalize(pixels), torch.rand(40, 49), indices
-    losses = torch.cat(
-        [
-            losses
-            for _, losses in TrainIMLE.code_passes(
-                model,
-                model.prefix(*chunk[:2]),
-                chunk[0],
-                indices,
-                16,
-                torch.arange(128).expand(40, -1),
-            )
-        ],
-        dim=1,
-    )
+    chunk = digits(40)
+    images, mask_noise, indices = chunk
+    prefix, numbers = model.prefix(images, mask_noise), torch.arange(128).expand(40, -1)
+    _, losses = TrainIMLE.try_codes(model, prefix, images, indices, 16, numbers)
     best, mean = losses.min(1).values, losses.mean(1)
     codes, chosen, first = TrainIMLE.choose_codes(
         model, *chunk, codes_per_image=128, codes_per_pass=16, tries=25
@@ -185,16 +179,11 @@ def test_losses_are_predicted_exactly_where_completions_are_linear_in_the_featur
 
 @torch.no_grad()
 def test_low_precision_hardly_changes_the_quality_of_the_choice(model):
-    torch.manual_seed(0)
-    images = Data.open_images(ROOT / "demo/mnist_val.tar")
-    loader = Data.ImageLoader(images, transforms((28, 28), use_augs=False)[1], num_workers=0)
-    indices = torch.arange(0, 1000, 40)
-    ((_, pixels),) = loader.chunks(indices, indices, 100)
-    chunk = TrainIMLE.normalize(pixels), torch.rand(25, 49), indices
+    chunk = digits(25)
     losses = brute_force(model, *chunk, 16)
     low = Models.in_precision(model, torch.bfloat16)
     codes, _, _ = TrainIMLE.choose_codes(low, *chunk, codes_per_image=16, codes_per_pass=16)
-    chosen = (model.sample_codes(indices, 16) == codes[:, None]).all(-1).float().argmax(1)
+    chosen = (model.sample_codes(chunk[2], 16) == codes[:, None]).all(-1).float().argmax(1)
     regret = losses[torch.arange(25), chosen] - losses.min(1).values
     assert regret.sum() / (losses.mean(1) - losses.min(1).values).sum() < 0.01
 

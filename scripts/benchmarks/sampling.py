@@ -69,10 +69,14 @@ def measure(args):
         f"a fifth of the codes, {name_of(low)}": partial(our_sampler, dtype=low, fewer=0.2),
     }
     ready = {name: make(model, chunk, ns=ns, sp=sp) for name, make in samplers.items()}
+    cross, _ = random_model(args, 1, device, decoder="cross")
+    options = {"ns": ns, "sp": sp, "dtype": low, "predict_ratio": 0.25}
+    ready[f"all, --decoder cross, {name_of(low)}"] = our_sampler(cross, chunk, **options)
     products = {dtype: matmul(model, dtype) for dtype in (torch.float32, low)}
     seconds = interleaved({**ready, **products}, args.repeats, device)
     ours = {name: make for name, make in samplers.items() if not name.startswith("plain")}
     regrets = measure_regrets(args, ours, device, args.regret_ns)
+    regrets |= dict.fromkeys(samplers.keys() - ours.keys(), 0.0)  # by definition
     n, rows = len(chunk[0]), []
     for name, run in ready.items():
         dtype = low if name_of(low) in name else torch.float32
@@ -85,7 +89,7 @@ def measure(args):
                 "ratio_to_plain": seconds["plain"] / seconds[name],
                 "share_of_matmul": flops(run) / seconds[name] / rate,
                 "added_memory_gb": added_memory(run, device),
-                "regret": regrets.get(name, 0.0),
+                "regret": regrets.get(name),
                 "arch": args.arch,
                 "code_bs": n,
                 "sp": sp,
@@ -106,15 +110,16 @@ def measure(args):
     )
 
 
-def random_model(args, n, device):
+def random_model(args, n, device, **options):
     """A model of --arch with random weights and AdaIN at its last encoder block, and a chunk of n
-    images: images, noise, seeds."""
+    images: images, noise, seeds. options: further fields of its ModelConfig."""
     preset = PRESETS[args.arch]
     if args.input_size % preset.patch_size:
         raise InputError(f"--input_size {args.input_size}: no multiple of {preset.patch_size}")
     ip_spec, size = ((preset.depth - 1, "adain"),), (args.input_size,) * 2
     torch.manual_seed(0)
-    model = build(dataclasses.replace(preset, ip_spec=ip_spec, image_size=size)).eval().to(device)
+    config = dataclasses.replace(preset, ip_spec=ip_spec, image_size=size, **options)
+    model = build(config).eval().to(device)
     length = model.pos_embed.shape[1] - 1
     chunk = torch.randn(n, 3, *size), torch.rand(n, length), torch.arange(n)
     return model, [tensor.to(device) for tensor in chunk]
@@ -135,11 +140,11 @@ def plain_sampler(model, chunk, *, ns, sp, fused=False):
     return run
 
 
-def our_sampler(model, chunk, *, ns, sp, dtype=torch.float32, share=None, fewer=1.0):
+def our_sampler(model, chunk, *, ns, sp, dtype=torch.float32, share=None, fewer=1.0, **options):
     """choose_codes, as a run calls it: of `fewer` times ns codes, trying a `share` of them."""
     model, ns = in_precision(model, dtype), max(1, round(ns * fewer))
     tries = None if share is None else max(1, round(ns * share))
-    options = {"codes_per_image": ns, "codes_per_pass": sp, "tries": tries}
+    options |= {"codes_per_image": ns, "codes_per_pass": sp, "tries": tries}
     return lambda: choose_codes(model, *chunk, **options)[0]
 
 
