@@ -471,7 +471,7 @@ class ImplicitMAE(nn.Module):
         mask = torch.zeros_like(mask_noise).scatter_(1, masked, 1)
         positions = F.pad(
             torch.cat([visible, masked], dim=1) + 1, (1, 0)
-        )  # (N, 1+L), 0: the class token
+        )  # (N, 1+V+M), 0: the class token
         tokens = self._embed(images, positions[:, : 1 + n_visible])
         for step in self._split()[0]:
             tokens = step.run(tokens, None, positions)

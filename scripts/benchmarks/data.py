@@ -27,7 +27,7 @@ from Flags import whole
 from Stores import check_decoder
 from Utils import InputError, naming
 
-from .timing import Table, interleaved
+from .timing import Table, added_memory, interleaved
 
 SCALE = {
     "name": ("store", "{}"),
@@ -166,19 +166,15 @@ def in_a_process(function, *arguments):
 
 def peak_of_listing(path):
     """The most MB that list_by_us holds beyond what was held before; None without Linux."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = memory("status", "VmRSS")
-        list_by_us(path)
-        return memory("status", "VmHWM") - before
-    except OSError:
-        return None
+    added = added_memory(partial(list_by_us, path), torch.device("cpu"))
+    return None if added is None else 1024 * added
 
 
-def memory(file, *names):
-    """The sum of some lines of /proc/self/..., in MB."""
-    lines = Path(f"/proc/self/{file}").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(names)) / 1024
+def own_memory():
+    """MB that no other process shares with this one (its unique set size)."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    private = (line for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
+    return sum(int(line.split()[1]) for line in private) / 1024
 
 
 class Memory(Dataset):
@@ -192,7 +188,7 @@ class Memory(Dataset):
         for _ in range(self.reads):
             self.images[generator.randrange(len(self.images))]
         with contextlib.suppress(OSError):
-            return memory("smaps_rollup", "Private_Clean", "Private_Dirty")
+            return own_memory()
         return float("nan")
 
 
