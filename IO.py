@@ -1,5 +1,9 @@
 """The edges of a run: its folder, its metrics and pictures, its checkpoints."""
 
+import contextlib
+import errno
+import fcntl
+import io
 import json
 import math
 import os
@@ -9,6 +13,7 @@ import resource
 import shlex
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from importlib.metadata import version
@@ -121,7 +126,11 @@ class Run:
         """Does nothing yet; entered by `with`, it opens the folder, behind the metrics that the
         checkpoint knows."""
         self.folder, self.flags, self.main = Path(folder), flags, rank() == 0
+        self.step = checkpoint["progress"]["step"] if checkpoint else 0
         self.metrics_size = checkpoint["metrics_size"] if checkpoint else 0
+        self.found = checkpoint_paths(folder)
+        self.waiting = {}  # what the disk has not taken yet: names of files -> bytes
+        self.lines = b""  # likewise, of metrics.jsonl
 
     def __enter__(self):
         if self.main:
@@ -129,14 +138,14 @@ class Run:
             try:
                 for name in ("images", "checkpoints"):
                     (self.folder / name).mkdir(parents=True, exist_ok=True)
+                self.lock = lock_folder(self.folder)
+                if checkpoint_paths(self.folder) != self.found:
+                    raise InputError(f"--uid: another process went on with {self.folder} meanwhile")
+                self.tidy()
                 write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
-                self.metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
+                self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
                 self.metrics.truncate(min(self.metrics_size, self.metrics.tell()))
                 self.metrics.seek(0, os.SEEK_END)
-                for left in (self.folder / "checkpoints").glob(
-                    ".*.tmp"
-                ):  # of a save that was killed
-                    left.unlink()
             except OSError as error:
                 raise InputError(
                     f"--save_folder: cannot write to {self.folder}: {error.strerror}"
@@ -144,11 +153,23 @@ class Run:
             self.wandb = WandB(self.flags.wandb, self.folder, config)
         return self
 
+    def tidy(self):
+        """Clears away what a save that was killed has left, and checkpoints that can't be read: a
+        run goes on from the newest that can."""
+        for left in self.folder.rglob(".*.tmp"):
+            left.unlink()
+        for path in self.found:
+            if step_of(path) > self.step:
+                path.rename(path.with_suffix(".damaged"))
+
     def __exit__(self, *_):
         if self.main:
             self.draw_curves()
+            with contextlib.suppress(OSError):
+                self.write_down()
             self.metrics.close()
             self.wandb.close()
+            self.lock.close()
 
     def log(self, step, epoch, values):
         """Appends one JSON object to metrics.jsonl; pictures (keys images/...) become files, and
@@ -160,26 +181,37 @@ class Run:
             if isinstance(value, float) and not math.isfinite(value):
                 record[key] = None  # JSON has no word for it
             if isinstance(value, Image.Image):
-                path = self.folder / "images" / f"{key.split('/')[-1]}_{step:08d}.png"
-                value.save(path)
-                record[key] = str(path.relative_to(self.folder))
-        self.metrics.write(json.dumps(record).encode() + b"\n")
-        self.metrics.flush()
+                record[key] = f"images/{key.split('/')[-1]}_{step:08d}.png"
+                value.save(file := io.BytesIO(), "png")
+                self.waiting[record[key]] = file.getvalue()
+        self.lines += json.dumps(record).encode() + b"\n"
+        try:
+            self.write_down()
+        except OSError as error:
+            say(f"warning: {self.folder}: {error.strerror}; metrics and pictures wait in memory")
         self.wandb.log(step, {**values, "epoch": epoch, "pretrain/step": step})
+
+    def write_down(self):
+        """Writes what waits: pictures, then the lines that name them."""
+        for name, content in list(self.waiting.items()):
+            write_atomically(self.folder / name, content)
+            del self.waiting[name]
+        while self.lines:
+            self.lines = self.lines[self.metrics.write(self.lines) :]
 
     def draw_curves(self):
         """Draws curves.png anew from metrics.jsonl."""
         if self.main:
-            draw_curves(
-                read_metrics(self.folder), self.folder / "curves.png", title=self.folder.name
-            )
+            with contextlib.suppress(OSError):  # it is drawn again
+                path = self.folder / "curves.png"
+                draw_curves(read_metrics(self.folder), path, title=self.folder.name)
 
     def save(self, state, *, keep=False):
         """Writes a checkpoint of `state`, which gets the size of metrics.jsonl; keep: for good,
-        besides the newest two."""
+        besides the newest two. An OSError where the disk does not take it: what was there stays."""
         if not self.main:
             return
-        self.metrics.flush()
+        self.write_down()
         os.fsync(self.metrics.fileno())
         state = {**state, "metrics_size": self.metrics.tell()}
         step = state["progress"]["step"]
@@ -284,7 +316,7 @@ def draw_curves(records, path, title=""):
         else:
             axes.text(0.5, 0.5, "nothing recorded", ha="center", transform=axes.transAxes)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=100, format="png"))
 
 
 def run_name(script, flags):
@@ -298,14 +330,18 @@ def run_name(script, flags):
     return f"{name[: 199 - len(flags.uid)]}-{flags.uid}"
 
 
-# What may differ when a run goes on: where and how it computes, what it measures and keeps. The
-# rest makes it the run it is.
+# What may differ when a run goes on: where and how it computes, what it measures and keeps.
 CHANGEABLE = frozenset(
-    "gpus processes num_workers sample_dtype fp16 code_bs sp accum epochs fast_linear_probe "
-    "val_n_way val_n_shot probe_lr probe_epochs probe_bs probe_bs_val probe_ignore_z "
-    "probe_augs_per_image global_pool ex_for_mse_loss z_per_ex_loss eval_bs ex_for_vis_tr "
-    "ex_for_vis_te z_per_ex_vis steps_per_eval get_mae_baseline save_folder suffix uid resume "
-    "save_iter save_minutes wandb notes mae_weights skip_bad_images".split()
+    "gpus processes num_workers loader_timeout sample_dtype fp16 code_bs sp accum "
+    "fast_linear_probe val_n_way val_n_shot probe_lr probe_epochs probe_bs probe_bs_val "
+    "probe_ignore_z probe_augs_per_image global_pool ex_for_mse_loss z_per_ex_loss eval_bs "
+    "ex_for_vis_tr ex_for_vis_te z_per_ex_vis steps_per_eval get_mae_baseline save_folder suffix "
+    "uid resume force_resume save_iter save_minutes wandb notes mae_weights skip_bad_images".split()
+)
+# What may never: the sizes of its model. The rest makes it the run it is, and needs --force_resume.
+ARCHITECTURE = frozenset(
+    "arch ip_spec latent_dim mapping_net_layers mapping_net_h_dim mapping_net_lrmul act_type "
+    "adain_init decoder norm_pix_loss input_size ignore_z".split()
 )
 
 
@@ -313,15 +349,48 @@ def read_config(folder):
     """The flags in a run's config.json; empty where they can't be read."""
     try:
         return json.loads((folder / "config.json").read_text())["flags"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
 def check_writable(folder):
-    """Refuses a folder that could not be made or written to, without making it."""
+    """Refuses a folder that can't be made or written to; leaves nothing there."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"--save_folder: cannot write to {there}")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise InputError(f"--save_folder: cannot write to {there}: {error.strerror}") from None
+
+
+def lock_folder(folder, patience=5.0):
+    """Keeps other processes from running in this folder until the file returned is closed, or this
+    process ends. An InputError where one does already, `patience` seconds later.
+
+    A POSIX lock: forked loader workers, which may live longer, don't inherit it."""
+    file = open(folder / ".lock", "a+")  # noqa: SIM115
+    end = time.monotonic() + patience  # one that was killed may need a moment to end
+    while not can_lock(file):
+        if time.monotonic() > end:
+            file.seek(0)
+            raise InputError(f"--uid: {folder} is in use by {file.read() or 'another process'}")
+        time.sleep(0.1)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def can_lock(file):
+    """Locks a file for this process, if no other one has; True also where locks are unknown."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno == errno.EACCES:
+            return False
+        say(f"warning: {file.name} can't be locked ({error.strerror}); start each run once")
+    return True
 
 
 def locate_run(script, flags):
@@ -334,26 +403,50 @@ def locate_run(script, flags):
         named = (path.parent for path in models.glob(f"*-{flags.uid}/config.json"))
         mine = (path for path in named if read_config(path).get("uid") == flags.uid)
         folder = next(mine, models / run_name(script, flags))
+    check_writable(folder)
     path, checkpoint = newest_checkpoint(folder)
-    if checkpoint is None:
-        check_writable(folder)
-        return folder, None
+    old = checkpoint["args"] if checkpoint else read_config(folder)
+    if old.get("uid", flags.uid) != flags.uid or (not old and holds_something(folder)):
+        raise InputError(f"--save_folder: {folder} is in the way, and is no run of this --uid")
     if flags.resume and not path.samefile(flags.resume):
         step = read_checkpoint(flags.resume).get("progress", {}).get("step")
         if step != checkpoint["progress"]["step"]:
             raise InputError(f"--resume {flags.resume}: not its run's newest; give {path}")
-    new, old = vars(flags), checkpoint["args"]
-    same = CHANGEABLE | (new.keys() - old.keys())  # a flag that is newer than the run, too
-    changed = [name for name in new if name not in same and new[name] != old[name]]
-    if changed:
-        shown = ", ".join(f"--{name} was {old[name]}, is {new[name]}" for name in changed)
-        raise InputError(
-            f"--uid {flags.uid}: that run was started with other flags ({shown}); "
-            "give those, or choose another --uid"
-        )
-    if new["epochs"] != old["epochs"]:
-        say(f"note: --epochs was {old['epochs']}, is {new['epochs']}")
+    changed = check_changes(vars(flags), old, flags.force_resume) if old else False
+    if changed and checkpoint:  # its codes may be another pool's
+        checkpoint["progress"] |= {"codes": None, "sampled": {}}
     return folder, checkpoint
+
+
+def holds_something(folder):
+    """Whether there is more in a run's folder than a start that was killed leaves."""
+    return any(path.is_file() and path.name[0] != "." for path in folder.rglob("*"))
+
+
+def check_changes(new, old, force):
+    """Whether flags differ that make a run what it is, from those that it was started with; refused
+    without `force`, and for flags of the model always."""
+    # A flag that is newer than the run has changed nothing.
+    same = CHANGEABLE | (new.keys() - old.keys())
+    if new["scheduler"] != "linear_ramp_cosine_decay":  # whose rates depend on the end
+        same = same | {"epochs"}
+    changed = [name for name in new if name not in same and new[name] != old[name]]
+    shown = ", ".join(f"--{name} was {old[name]}, is {new[name]}" for name in changed)
+    if any(name in ARCHITECTURE for name in changed):
+        raise InputError(
+            f"--uid {new['uid']}: that run has another model ({shown}); give its flags, or choose "
+            "another --uid (from its weights: --mae_weights)"
+        )
+    if changed and not force:
+        raise InputError(
+            f"--uid {new['uid']}: that run was started with other flags ({shown}); give those, or "
+            "choose another --uid, or go on all the same with --force_resume 1"
+        )
+    if changed:
+        say(f"warning: going on with other flags: {shown}")
+    elif new["epochs"] != old["epochs"]:
+        say(f"note: --epochs was {old['epochs']}, is {new['epochs']}")
+    return bool(changed)
 
 
 def describe_run(flags):
@@ -381,21 +474,36 @@ def describe_run(flags):
 
 
 def save_checkpoint(path, state):
-    """Saves a dict of tensors and plain data."""
-    write_atomically(path, lambda file: torch.save(state, file))
+    """Saves a dict of tensors and plain data; an OSError where the disk does not take it."""
+    try:
+        write_atomically(path, lambda file: torch.save(state, file))
+    except RuntimeError as error:  # of torch, about a file that it could not finish
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
+def checkpoint_paths(folder):
+    """A run's checkpoints, the newest first."""
+    kept = Path(folder, "checkpoints").glob("*step_*.pt")
+    return sorted(kept, key=lambda path: (step_of(path), path.name), reverse=True)
+
+
+def step_of(path):
+    """The gradient step in a checkpoint's name; -1 where there is none."""
+    number = path.stem.split("step_")[-1]
+    return int(number) if number.isdecimal() else -1
 
 
 def newest_checkpoint(folder):
     """(path, content) of the newest checkpoint in a run's folder that can be read, (None, None) in
     a folder without any; an InputError where all are damaged."""
-    kept = Path(folder, "checkpoints").glob("*step_*.pt")
-    paths = sorted(kept, key=lambda path: path.stem.split("step_")[-1], reverse=True)
+    paths = checkpoint_paths(folder)
     for path in paths:
         try:
             content = read_checkpoint(path)
-            if {"model", "optimizer", "progress", "args", "metrics_size"} <= content.keys():
+            missing = {"model", "optimizer", "progress", "args", "metrics_size"} - content.keys()
+            if not missing:
                 return path, content
-            say(f"warning: {path} is no checkpoint of a run; using the one before")
+            say(f"warning: {path} is no checkpoint of a run (it has no {', '.join(missing)})")
         except InputError as error:
             say(f"warning: {error}; using the one before")
     if paths:

@@ -82,14 +82,13 @@ def train(
         pool = Data.draw_pool(loader.images, images_per_epoch, epoch, **pooling)
         # Loads the pool's images; then IMLE: a code for each.
         codes = choose_pool_codes(model, pool, loader, progress, **sampling)
-        batches = Data.minibatches(pool, codes, progress.step, steps_per_epoch, batch_size)
+        place = {"step": progress.step, "done": len(progress.losses)}
+        batches = Data.minibatches(pool, codes, steps_per_epoch, batch_size, **place)
         for batch in IO.watch(batches, "gradient steps", steps_per_epoch, unit="steps"):
-            loss = train_step(network, batch, rates(progress.step), **stepping)
-            progress.step_done(loss)
+            progress.step_done(*train_step(network, batch, rates(progress.step), **stepping))
             keeper.after_step(progress)
             validate(model, progress)
         keeper.after_epoch(progress, rates(progress.step - 1))
-    keeper.save(progress)
 
 
 @torch.no_grad()
@@ -160,12 +159,16 @@ def image_losses(model, pred, images, mask):
     return reconstruction_loss(pred, images, mask, model.config.norm_pix_loss).float()
 
 
+LEAST_SCALE = 2**-4  # of float16's loss: gradients that overflow with less are not finite at all
+
+
 def train_step(
     network, batch, rates, *, optimizer, scaler, batch_size, parts, dtype, masking, clip_grad
 ):
-    """One gradient step on this process's share of a minibatch, computed in `parts`; the loss
-    averaged over the whole minibatch. masking: mask_ratio and predict_ratio. A loss that is not
-    finite raises a RunError, before the update."""
+    """One gradient step on this process's share of a minibatch, computed in `parts`; the loss,
+    averaged over the whole minibatch, and the gradient's norm. masking: mask_ratio and
+    predict_ratio. What is not finite raises a RunError before the update, but for gradients in
+    float16: there the scaler leaves the step out, and scales less."""
     for group in optimizer.param_groups:
         group["lr"] = rates[group["part"]]
     optimizer.zero_grad()
@@ -185,16 +188,21 @@ def train_step(
             scaler.scale(loss * world_size()).backward()
         total += loss.detach()
     sum_over_processes(total)
-    if not math.isfinite(loss := total.item()):
-        names = "\n  ".join(batch.names())
-        text = f"after {batch.step} gradient steps the training loss is {loss}; no update was made"
-        raise RunError(f"{text}. Its images:\n  {names}")
+    scaler.unscale_(optimizer)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
     if clip_grad:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_grad, norm)
+    loss, norm = torch.stack([total, norm]).tolist()
+    scaled_less = scaler.is_enabled() and scaler.get_scale() > LEAST_SCALE
+    for what, value in (("loss", loss), ("gradient's norm", 0.0 if scaled_less else norm)):
+        if not math.isfinite(value):
+            text = f"after {batch.step} gradient steps the training {what} is {value}"
+            names = "\n  ".join(batch.names())
+            raise RunError(f"{text}; no update was made. Its images:\n  {names}")
     scaler.step(optimizer)
     scaler.update()
-    return loss
+    return loss, norm
 
 
 # -------------------------------------------------------------------------------------------------
@@ -202,7 +210,7 @@ def train_step(
 
 
 def choose_pool_codes(
-    model, pool, loader, progress, *, dtype, images_per_pass, forecast, **options
+    model, pool, loader, progress, *, dtype, images_per_pass, forecast, stop, **options
 ):
     """Loads the pool's images and chooses a code for each: (n, D) on the host, None for a plain
     MAE. Codes and what to log about them stand in `progress`, where a run that was resumed inside
@@ -222,6 +230,7 @@ def choose_pool_codes(
             chunk = (on_device, pool.mask_noise[rows], pool.seeds[rows])
             codes[rows], losses[rows] = choose_chunk_codes(fast_model, *chunk, **options)
     sum_over_processes(pool.images, codes, losses)
+    stop.check()
     if choosing:
         best, mean, plain = losses.double().mean(0).tolist()
         seconds = time.perf_counter() - start
@@ -259,14 +268,26 @@ class Progress:
     codes: torch.Tensor | None = None  # chosen for the present epoch's pool
     sampled: dict = field(default_factory=dict)  # what to log about them
     losses: list = field(default_factory=list)  # of the present epoch's steps
+    norms: list = field(default_factory=list)  # of their gradients
 
-    def step_done(self, loss):
+    def step_done(self, loss, norm):
         self.step += 1
         self.losses.append(loss)
+        self.norms.append(norm)
 
     def epoch_done(self):
         self.epoch += 1
-        self.codes, self.sampled, self.losses = None, {}, []
+        self.codes, self.sampled, self.losses, self.norms = None, {}, [], []
+
+    def summary(self):
+        """What to log about the present epoch, which ends."""
+        finite = [norm for norm in self.norms if math.isfinite(norm)]
+        return {
+            "pretrain/loss_tr": sum(self.losses) / len(self.losses),
+            "pretrain/grad_norm": sum(finite) / max(1, len(finite)),
+            "pretrain/skipped_steps": len(self.norms) - len(finite),  # float16's overflows
+            **self.sampled,
+        }
 
 
 # -------------------------------------------------------------------------------------------------
@@ -282,10 +303,10 @@ class Examples:
     seeds: torch.Tensor  # (n,)
 
 
-def examples(images, count, *, transform, seed, num_workers):
+def examples(images, count, *, transform, seed, **loading):
     """At most `count` images, evenly spaced, with seeds by their index alone."""
     indices = torch.arange(min(count, len(images))) * len(images) // max(1, min(count, len(images)))
-    loader = Data.ImageLoader(images, transform, num_workers=num_workers)
+    loader = Data.ImageLoader(images, transform, **loading)
     return Examples(loader, indices, mix_seeds(seed, Stream.EVALUATION, indices))
 
 
@@ -323,6 +344,7 @@ class Validation:
     never."""
 
     record: IO.Run
+    stop: StopSignal
     loss_examples: Examples
     picture_examples: dict  # name of the grid -> Examples
     probe: LinearProbe.FastProbe | None
@@ -346,6 +368,7 @@ class Validation:
         if step == 0 and self.baseline:
             plain = self.validate(model, step, with_codes=False) if model.code_dim else values
             values |= {f"{key}_baseline": value for key, value in plain.items()}
+        self.stop.check()  # which may have cut this validation short
         values["time/validation_seconds"] = time.perf_counter() - start
         progress.validated = step
         self.record.log(step, progress.epoch, values)
@@ -441,21 +464,22 @@ class Keeper:
     """Logs epochs and saves checkpoints when they are due."""
 
     record: IO.Run
+    stop: StopSignal
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    stop: StopSignal
     flags: dict
     epochs: int
     save_minutes: float
     save_iter: int
 
     def __post_init__(self):
-        self.started = self.saved = self.epoch_started = time.monotonic()
+        self.started = self.epoch_started = time.monotonic()
+        self.next_save = self.started + 60 * self.save_minutes
         self.epochs_here = 0  # since this process started
 
     def save(self, progress, keep=False):
-        """Saves a checkpoint; `keep`: one that stays."""
+        """Saves a checkpoint; `keep`: one that stays. An OSError where that fails."""
         state = {
             "model": self.model.state_dict(),
             "config": dataclasses.asdict(self.model.config),
@@ -465,34 +489,44 @@ class Keeper:
             "args": self.flags,
         }
         self.record.save(state, keep=keep)
-        self.saved = time.monotonic()
+        self.next_save = time.monotonic() + 60 * self.save_minutes
+
+    def try_to_save(self, progress, keep=False):
+        """Saves, or says that it failed, and tries again a minute later."""
+        try:
+            self.save(progress, keep)
+        except OSError as error:
+            say(f"warning: no checkpoint could be saved ({error}); the next try is in a minute")
+            self.next_save = time.monotonic() + min(60, 60 * self.save_minutes)
+
+    def save_last(self, progress):
+        """Saves as the run ends, on all processes together; a RunError where that fails."""
+        try:
+            self.save(progress)
+        except OSError as error:
+            raise RunError(f"the last checkpoint could not be saved: {error}") from None
+        sum_over_processes(torch.zeros(()))  # none ends before it is written
 
     def after_step(self, progress):
-        """Saves where save_minutes are over, or where the run was asked to stop, which it then
-        does."""
-        stopping = self.stop.asked()
-        if stopping or time.monotonic() - self.saved > 60 * self.save_minutes:
-            self.save(progress)
-        if stopping:
-            message = f"stopped after step {progress.step}, saved in {self.record.folder}"
-            raise Stopped(message, self.stop.status)
+        """Saves where save_minutes are over; a run that was asked to stop does it here."""
+        self.stop.check()
+        if time.monotonic() > self.next_save:
+            self.try_to_save(progress)
 
     def after_epoch(self, progress, rates):
         """Logs the epoch that ends, and saves what is kept for good."""
         now = time.monotonic()
-        loss = sum(progress.losses) / len(progress.losses)
         values = {
-            "pretrain/loss_tr": loss,
+            **progress.summary(),
             "pretrain/lr_mae": rates["mae"],
             "pretrain/lr_z": rates["z"],
-            **progress.sampled,
             "time/epoch_seconds": now - self.epoch_started,
         }
         self.record.log(progress.step, progress.epoch, values)
         progress.epoch_done()
         self.epochs_here += 1
         left = (now - self.started) / self.epochs_here * (self.epochs - progress.epoch)
-        text = f"epoch {progress.epoch}/{self.epochs}: loss {loss:.4f}"
+        text = f"epoch {progress.epoch}/{self.epochs}: loss {values['pretrain/loss_tr']:.4f}"
         if "sampling/end_losses" in values:
             text += f"; codes {values['sampling/first_losses']:.4f} mean, "
             text += f"{values['sampling/end_losses']:.4f} best, "
@@ -501,7 +535,7 @@ class Keeper:
         say(text)
         self.epoch_started = now
         if self.save_iter > 0 and progress.epoch % self.save_iter == 0:
-            self.save(progress, keep=True)
+            self.try_to_save(progress, keep=True)
 
 
 def distributed(model):
@@ -520,28 +554,26 @@ def learning_rates(step, *, lr, lr_z, min_lr, headstart, ramp, total, cycles):
     }
 
 
-def make_validation(record, flags, images_tr, images_val, device, dtype):
-    """The Validation that the flags ask for; refuses data that can't be probed."""
+def make_validation(record, stop, flags, images_tr, images_val, device, dtype, loading, last_step):
+    """The Validation that the flags ask for; refuses data that can't be probed. loading: keywords
+    of ImageLoader."""
     size = tuple(flags.input_size)
-    options = {
-        "transform": transforms(size, flags.use_augs)[1],
-        "num_workers": flags.num_workers,
-        "seed": flags.seed,
-    }
+    options = {"transform": transforms(size, flags.use_augs)[1], "seed": flags.seed, **loading}
     grids = {
         "pretrain_train": (images_tr, flags.ex_for_vis_tr),
         "pretrain_test": (images_val, flags.ex_for_vis_te),
     }
     probe = None
     if flags.fast_linear_probe and flags.steps_per_eval:
-        probe = LinearProbe.fast_probe(flags, images_tr, images_val, size, device)
+        probe = LinearProbe.fast_probe(flags, images_tr, images_val, size, device, **loading)
     return Validation(
         record,
+        stop,
         loss_examples=examples(images_val, flags.ex_for_mse_loss, **options),
         picture_examples={k: examples(*what, **options) for k, what in grids.items() if what[1]},
         probe=probe,
         steps_per_eval=flags.steps_per_eval,
-        last_step=flags.epochs * flags.ipe,
+        last_step=last_step,
         images_per_pass=flags.eval_bs,
         codes_per_image=flags.z_per_ex_loss,
         codes_per_pass=flags.sp,
@@ -566,8 +598,8 @@ def make_model(flags, checkpoint):
         return IO.load_model(flags.mae_weights or PUBLISHED[flags.arch], **fields)
 
 
-def loop_options(flags, device, optimizer, scaler, train_dtype, dtype, epochs_left):
-    """The keywords of `train`, from the flags."""
+def loop_options(flags, device, optimizer, scaler, stop, train_dtype, dtype, progress):
+    """The keywords of `train`, from the flags and where the run stands."""
     cosine = flags.scheduler == "linear_ramp_cosine_decay"
     size = tuple(flags.input_size)
     masking = {"mask_ratio": flags.mask_ratio, "predict_ratio": flags.predict_ratio}
@@ -591,7 +623,8 @@ def loop_options(flags, device, optimizer, scaler, train_dtype, dtype, epochs_le
             "tries": flags.tries if flags.sampler == "surrogate" else None,
             "rs_epsilon": flags.rs_epsilon,
             **masking,
-            "forecast": IO.Forecast(device, epochs_left * flags.ex_per_epoch),
+            "forecast": IO.Forecast(device, (flags.epochs - progress.epoch) * flags.ex_per_epoch),
+            "stop": stop,
         },
         "stepping": {
             "optimizer": optimizer,
@@ -609,10 +642,32 @@ def loop_options(flags, device, optimizer, scaler, train_dtype, dtype, epochs_le
             min_lr=flags.min_lr,
             headstart=flags.headstart_z * flags.ipe,
             ramp=flags.n_ramp * flags.ipe,
-            total=flags.epochs * flags.ipe,
+            total=last_step(flags, progress),
             cycles=flags.n_cycles if cosine else 0,
         ),
     }
+
+
+def last_step(flags, progress):
+    """The run's last gradient step: epochs * ipe, where neither has changed on the way."""
+    epochs_left = max(0, flags.epochs - progress.epoch)
+    return progress.step + epochs_left * flags.ipe - min(len(progress.losses), flags.ipe)
+
+
+def make_optimizer(model, flags, train_dtype, checkpoint):
+    """AdamW and the loss scaler, as the checkpoint knows them, with the flags' options."""
+    groups = parameter_groups(model, flags.wd)
+    options = [
+        {"weight_decay": g["weight_decay"], "betas": (flags.beta1, flags.beta2)} for g in groups
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(flags.beta1, flags.beta2), fused=True)
+    scaler = torch.amp.GradScaler(model.pos_embed.device.type, enabled=train_dtype == torch.float16)
+    if checkpoint is not None:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        for group, option in zip(optimizer.param_groups, options, strict=True):
+            group.update(option)  # they may have been changed
+    return optimizer, scaler
 
 
 def run(flags, images_tr, images_val):
@@ -620,36 +675,40 @@ def run(flags, images_tr, images_val):
     device = join_processes(flags.gpus)
     flags = from_first_process(flags)  # one uid, where each process drew its own
     folder, checkpoint = IO.locate_run("TrainIMLE", flags)
+    progress = Progress() if checkpoint is None else Progress(**checkpoint["progress"])
     dtype = choose_dtype(flags.sample_dtype, device)
     train_dtype = fastest_dtype(device) if flags.fp16 else torch.float32
-    record = IO.Run(folder, flags, checkpoint)
-    validation = make_validation(record, flags, images_tr, images_val, device, dtype)
+    record, stop = IO.Run(folder, flags, checkpoint), StopSignal()
+    loading = {
+        "num_workers": flags.num_workers,
+        "timeout": flags.loader_timeout,
+        "stopping": stop.asked,
+    }
+    data = (images_tr, images_val, device, dtype, loading, last_step(flags, progress))
+    validation = make_validation(record, stop, flags, *data)
     loader = Data.ImageLoader(
         images_tr,
         transforms(tuple(flags.input_size), flags.use_augs)[0],
-        num_workers=flags.num_workers,
         persistent=True,
         pin_memory=device.type == "cuda",
+        **loading,
     )
 
     torch.manual_seed(flags.seed)
     model = make_model(flags, checkpoint).to(device)
-    groups = parameter_groups(model, flags.wd)
-    optimizer = torch.optim.AdamW(groups, betas=(flags.beta1, flags.beta2), fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=train_dtype == torch.float16)
-    progress = Progress()
-    if checkpoint is not None:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        progress = Progress(**checkpoint["progress"])
-
-    epochs_left = flags.epochs - progress.epoch
-    options = loop_options(flags, device, optimizer, scaler, train_dtype, dtype, epochs_left)
+    optimizer, scaler = make_optimizer(model, flags, train_dtype, checkpoint)
+    options = loop_options(flags, device, optimizer, scaler, stop, train_dtype, dtype, progress)
     schedule = (flags.epochs, flags.save_minutes, flags.save_iter)
-    with record, StopSignal() as stop:
-        keeper = Keeper(record, model, optimizer, scaler, stop, vars(flags), *schedule)
+    with record, stop:
+        keeper = Keeper(record, stop, model, optimizer, scaler, vars(flags), *schedule)
         say(f"going on after step {progress.step} in {folder}" if checkpoint else f"new: {folder}")
-        train(model, loader, validation, keeper, progress, **options)
+        try:
+            train(model, loader, validation, keeper, progress, **options)
+        except Stopped as stopped:
+            keeper.save_last(progress)
+            message = f"stopped after step {progress.step}, saved in {folder}"
+            raise Stopped(message, stopped.status) from None
+        keeper.save_last(progress)
     say(f"done: {folder}")
 
 

@@ -31,7 +31,7 @@ DEFAULTS = """
     z_per_ex_vis=8 steps_per_eval=64 get_mae_baseline=1 save_iter=-1 save_minutes=10
     sample_dtype=auto processes=1 wandb=disabled save_folder=. seed=0 sampler=exhaustive tries=-1
     rs_epsilon=0 decoder=self predict_ratio=1
-    image_decoder=pillow skip_bad_images=0
+    image_decoder=pillow skip_bad_images=0 loader_timeout=120 force_resume=0
 """  # of DESIGN.md, section 3; further ones stand in the test
 TWO_RUNS = """
     TrainIMLE.py --gpus 0 1 --suffix SUFFIX --data_tr IMAGENET_TRAIN --data_val IMAGENET_VAL
