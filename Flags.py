@@ -14,7 +14,7 @@ from Data import MOST_BAD
 from Models import ACTIVATIONS, DECODERS, INJECTIONS, PRESETS
 from Stores import IMAGE_DECODERS, check_decoder
 from Utils import InputError, naming, say
-from Weights import PUBLISHED, SOURCES, read_checkpoint
+from Weights import PUBLISHED, SOURCES, read_run_checkpoint
 
 # -------------------------------------------------------------------------------------------------
 # Flags. Every flag, its default, its unit and its bounds stand in `training_parser`; `parse_flags`
@@ -268,9 +268,7 @@ def parse_flags(argv=None):
     source = early.parse_known_args(argv)[0].resume
     if source:  # a run's flags are the defaults for going on with it
         try:
-            known = read_checkpoint(source).get("args")
-            if not isinstance(known, dict):
-                raise InputError(f"{source} is no checkpoint of a run")
+            known = read_run_checkpoint(source)["args"]
         except InputError as error:
             parser.error(f"--resume: {error}")
         parser.set_defaults(**{**known, "force_resume": 0})
