@@ -29,6 +29,7 @@ from Models import (
     masked_target,
     parameter_groups,
 )
+from Samplers import code_passes, image_losses
 from Utils import (
     RunError,
     Stopped,
@@ -131,9 +132,7 @@ def try_codes(model, prefix, images, seeds, codes_per_pass, numbers, keep=False)
     """Tries the codes of these numbers (N,k): where `keep`, the completions' residuals
     (N,k,M*P*P*3), else None; losses (N,k)."""
     kept, losses = [], []
-    for pred, pass_losses in Samplers.code_passes(
-        model, prefix, images, seeds, codes_per_pass, numbers
-    ):
+    for pred, pass_losses in code_passes(model, prefix, images, seeds, codes_per_pass, numbers):
         losses.append(pass_losses)
         if keep:
             target = masked_target(images, prefix.mask, pred, model.config.norm_pix_loss)
@@ -165,9 +164,7 @@ def train_step(
         with network.no_sync() if waiting else nullcontext():
             with autocast(device, dtype):
                 pred, mask = network(images, mask_noise, codes, masked_only=True, **masking)
-                losses = Samplers.image_losses(
-                    model, pred, images, mask
-                )  # (n, 1), without codes (n,)
+                losses = image_losses(model, pred, images, mask)  # (n, 1), without codes (n,)
             loss = losses.sum() / batch_size
             scaler.scale(loss * world_size()).backward()
         total += loss.detach()
@@ -238,7 +235,7 @@ def choose_chunk_codes(
     mask_noise, seeds = mask_noise.to(images.device), seeds.to(images.device)
     prefix = model.prefix(images, mask_noise, mask_ratio, predict_ratio)
     codes, best, mean = choose_codes(model, images, mask_noise, seeds, prefix=prefix, **options)
-    plain = Samplers.image_losses(model, model.suffix(prefix, None), images, prefix.mask)
+    plain = image_losses(model, model.suffix(prefix, None), images, prefix.mask)
     return codes, torch.stack([best, mean, plain], dim=1)
 
 

@@ -483,9 +483,7 @@ def test_on_a_gpu_nothing_is_mixed_with_the_cpu():
             Validation.evaluate(model, *chunk, **options, mask_ratio=0.75),
             Models.completions(model, *chunk[:2], model.sample_codes(chunk[2], 4), 0.75),
             model.encode(chunk[0], model.sample_codes(chunk[2], 1)[:, 0]),
-            *Validation.prepare(
-                model, torch.zeros(2, 3, 28, 28, dtype=torch.uint8), chunk[2].cpu()
-            ),
+            *Validation.prepare(model, pixels, chunk[2].cpu()),
         ]
         assert {result.device.type for result in results} == {"cuda"}
 
