@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# The batch script of scripts/slurm_submit.py, which fills in what stands in double braces. Edit it for your cluster.
+#SBATCH --job-name={{JOB_NAME}}
+#SBATCH --time={{TIME}}
+#SBATCH --nodes={{NODES}}
+#SBATCH --ntasks-per-node={{TASKS_PER_NODE}}
+#SBATCH --cpus-per-task={{CPUS_PER_TASK}}
+#SBATCH --output=slurm-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR2@{{STOP_BEFORE}}
+{{MORE_OPTIONS}}
+
+# Modules, proxies, settings of NCCL and the like belong here.
+export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
+
+chunks={{CHUNKS}} # runs of this job, at most; the first has no SLURM_RESTART_COUNT
+staged={{STAGED}}
+
+train() { # one task per GPU; where one fails, all end
+    srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
+        {{TRAINING}}
+}
+
+each_node() { # runs a command once on every node
+    srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "$@"
+}
+
+stage() { # copies the paths given to node-local storage, into the same tree
+    [ $# = 0 ] || each_node bash -c 'rm -rf "$0" && mkdir -p "$0" && cp -rL --preserve=timestamps --parents "$@" "$0"' "$staged" "$@"
+}
+
+# SLURM sends SIGUSR2 before the time limit and SIGTERM on pre-emption to the tasks, which save and end. A SIGTERM may
+# reach this script, too, which has yet to see how they ended.
+trap : TERM
+stage {{DATA}} && train
+status=$?
+[ -z "$staged" ] || each_node rm -rf "$staged"
+
+# Was the run cut short? Then it has saved and ended well, or it was too young to know the signal (128 + its number).
+job=$(scontrol show job "$SLURM_JOB_ID")
+log=$(sed -n 's/^ *StdOut=//p' <<<"$job")
+case $status in 0 | $((128 + $(kill -l USR2))) | $((128 + $(kill -l TERM)))) ;; *) exit "$status" ;; esac
+grep -q '^done: ' "$log" && exit 0
+
+# A job that scancel ended, or that SLURM requeues itself, runs no longer.
+[[ $job == *JobState=RUNNING* || $job == *Reason=TimeLimit* ]] || exit "$status"
+if [ $((${SLURM_RESTART_COUNT:-0} + 1)) -lt "$chunks" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+else
+    echo "$chunks chunks are over; to go on, submit the same with --uid {{UID}} behind the --"
+fi
