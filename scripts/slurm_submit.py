@@ -42,7 +42,8 @@ def submit_parser():
     add("--mem", metavar="SIZE", help="memory of each node, as 64G; default: the cluster's")
     add("--account", metavar="NAME", help="that pays; default: yours")
     add("--partition", metavar="NAME", help="default: the cluster's")
-    add("--sbatch", metavar="OPTIONS", help="more of sbatch's own, as '--constraint=a100 --qos=x'")
+    add("--sbatch", nargs="+", default=[], metavar="NAME=VALUE",
+        help="more of sbatch's options, without their dashes, as constraint=a100 exclusive")
     add("--stage", action="store_true",
         help="copy the data to each node's own storage first: $SLURM_TMPDIR, $TMPDIR or /tmp")
     add("--dry_run", action="store_true", help="print the batch script, submit nothing")
@@ -130,9 +131,8 @@ def more_options(args):
         "account": args.account,
         "partition": args.partition,
     }
-    lines = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    lines += [args.sbatch] if args.sbatch else []
-    return "\n".join(f"#SBATCH {line}" for line in lines)
+    words = [f"{name}={value}" for name, value in options.items() if value is not None]
+    return "\n".join(f"#SBATCH --{word}" for word in words + args.sbatch)
 
 
 def in_lines(words):

@@ -15,6 +15,7 @@
 export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
 
 chunks={{CHUNKS}} # runs of this job, at most; the first has no SLURM_RESTART_COUNT
+data=({{DATA}}) # to be copied to node-local storage: folders and files
 staged={{STAGED}}
 
 train() { # one task per GPU; where one fails, all end
@@ -26,16 +27,21 @@ each_node() { # runs a command once on every node
     srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "$@"
 }
 
-stage() { # copies the paths given to node-local storage, into the same tree
-    [ $# = 0 ] || each_node bash -c 'rm -rf "$0" && mkdir -p "$0" && cp -rL --preserve=timestamps --parents "$@" "$0"' "$staged" "$@"
+stage() { # copies the data below $staged, into the same tree
+    [ ${#data[@]} = 0 ] || each_node bash -c \
+        'rm -rf "$0" && mkdir -p "$0" && cp -rL --parents "$@" "$0"' "$staged" "${data[@]}"
+}
+
+unstage() {
+    [ ${#data[@]} = 0 ] || each_node rm -rf "$staged"
 }
 
 # SLURM sends SIGUSR2 before the time limit and SIGTERM on pre-emption to the tasks, which save and end. A SIGTERM may
 # reach this script, too, which has yet to see how they ended.
 trap : TERM
-stage {{DATA}} && train
+stage && train
 status=$?
-[ -z "$staged" ] || each_node rm -rf "$staged"
+unstage
 
 # Was the run cut short? Then it has saved and ended well, or it was too young to know the signal (128 + its number).
 job=$(scontrol show job "$SLURM_JOB_ID")
