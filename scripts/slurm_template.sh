@@ -32,8 +32,8 @@ stage() { # copies the data below $staged, into the same tree
         'rm -rf "$0" && mkdir -p "$0" && cp -rL --parents "$@" "$0"' "$staged" "${data[@]}"
 }
 
-unstage() {
-    [ ${#data[@]} = 0 ] || each_node rm -rf "$staged"
+unstage() { # after scancel a job has no more steps: then at least here
+    [ ${#data[@]} = 0 ] || each_node rm -rf "$staged" 2>/dev/null || rm -rf "$staged"
 }
 
 # SLURM sends SIGUSR2 before the time limit and SIGTERM on pre-emption to the tasks, which save and end. A SIGTERM may
@@ -43,16 +43,21 @@ stage && train
 status=$?
 unstage
 
-# Was the run cut short? Then it has saved and ended well, or it was too young to know the signal (128 + its number).
+# Was the run cut short? Then it has saved and ended well (0), or it was too young to know SIGUSR2 (140) or, pre-empted,
+# SIGTERM (143). Whatever else went wrong would go wrong again.
 job=$(scontrol show job "$SLURM_JOB_ID")
 log=$(sed -n 's/^ *StdOut=//p' <<<"$job")
-case $status in 0 | $((128 + $(kill -l USR2))) | $((128 + $(kill -l TERM)))) ;; *) exit "$status" ;; esac
 grep -q '^done: ' "$log" && exit 0
+case $status in
+    0 | 140) ;;
+    143) [[ $job =~ PreemptTime=[0-9] ]] || exit 143 ;;
+    *) exit "$status" ;;
+esac
 
-# A job that scancel ended, or that SLURM requeues itself, runs no longer.
-[[ $job == *JobState=RUNNING* || $job == *Reason=TimeLimit* ]] || exit "$status"
+# A job that scancel ended, or that SLURM requeues itself, is no longer running.
+[[ $job =~ JobState=RUNNING|Reason=TimeLimit ]] || exit "$status"
 if [ $((${SLURM_RESTART_COUNT:-0} + 1)) -lt "$chunks" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 else
-    echo "$chunks chunks are over; to go on, submit the same with --uid {{UID}} behind the --"
+    echo "all $chunks chunks are over; to go on, submit the same with --uid {{UID}} behind the --"
 fi

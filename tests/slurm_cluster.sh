@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
-# A SLURM of two nodes on this machine, for the tests: bash tests/slurm_cluster.sh start|stop FOLDER. Needs root and
-# Debian's slurm-wlm, which `install` fetches. All it writes is under FOLDER; SLURM_CONF=FOLDER/slurm.conf finds it.
+# A SLURM of two nodes on this machine, for the tests: bash tests/slurm_cluster.sh install|start|stop FOLDER, as root.
+# `install` fetches Debian's packages. All else that it writes is under FOLDER; SLURM_CONF=FOLDER/slurm.conf finds it.
 set -euo pipefail
+PATH=$PATH:/usr/sbin:/sbin
 
-install() {
+install() { # where it is not there
+    command -v slurmctld slurmd munged && return
+    command -v apt-get || { echo "there is no apt-get"; exit 1; }
     export DEBIAN_FRONTEND=noninteractive
-    options="-o Acquire::Retries=1 -o Acquire::http::Timeout=15 -o DPkg::Lock::Timeout=60"
-    timeout 300 apt-get $options install -qy --no-install-recommends slurm-wlm munge && return
-    timeout 120 apt-get $options update -q
-    timeout 300 apt-get $options install -qy --no-install-recommends slurm-wlm munge
+    limits="-o Acquire::Retries=1 -o Acquire::http::Timeout=15 -o DPkg::Lock::Timeout=60"
+    packages="slurm-wlm munge"
+    timeout 300 apt-get $limits install -qy --no-install-recommends $packages && return
+    timeout 100 apt-get $limits update -q
+    timeout 300 apt-get $limits install -qy --no-install-recommends $packages
 }
 
 free_port() {
@@ -71,9 +75,13 @@ start() {
     exit 1
 }
 
-stop() { # by the ids that the daemons wrote down; jobs first
+stop() { # jobs first, then the daemons, by the ids that they wrote down
     export SLURM_CONF=$1/slurm.conf
-    timeout 10 scancel --signal=KILL --full $(timeout 5 squeue --noheader --format %i) || true
+    for signal in TERM KILL; do
+        jobs=$(timeout 5 squeue --noheader --format %i) && [ -n "$jobs" ] || break
+        timeout 5 scancel --full --signal=$signal $jobs && timeout 5 scancel $jobs
+        for _ in $(seq 20); do [ -n "$(timeout 5 squeue --noheader)" ] && sleep 0.5; done
+    done
     for daemon in "$1"/slurmd.*.pid "$1"/slurmctld.pid "$1"/munged.pid; do
         [ -s "$daemon" ] && kill "$(cat "$daemon")" || true
     done

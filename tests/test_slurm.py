@@ -232,9 +232,9 @@ class Cluster:
     def __init__(self, conf):
         self.environment = {"SLURM_CONF": str(conf)}
 
-    def run(self, *words):
+    def run(self, *words, check=True):
         """Runs a command of SLURM's; its output."""
-        return command(program=words, **self.environment).stdout
+        return command(program=words, check=check, **self.environment).stdout
 
     def submit(self, folder, *options, training):
         """Submits a run from a folder by scripts/slurm_submit.py; the job's id."""
@@ -284,35 +284,43 @@ def monotone(folder):
 def test_a_run_that_is_cut_short_five_times_equals_one_that_is_not(cluster, tmp_path):
     """By a signal, SLURM's requeue, pre-emption, a signal again and the time limit; in one process,
     with staged data."""
-    training = [*TRAINING, "--num_workers", 1, "--epochs", 600, "--steps_per_eval", 400]
-    chunks = ["--time", 1 / 60, "--stop_before", 15, "--chunks", 20, "--stage"]
+    training = [*TRAINING, "--num_workers", 1, "--epochs", 50, "--steps_per_eval", 100]
+    chunks = ["--time", 1 / 60, "--stop_before", 15, "--chunks", 9, "--stage"]
     job = cluster.submit(tmp_path, *chunks, training=training)
     cuts = [
         ["scancel", "--signal=USR2", job],
         ["scontrol", "requeue", job],
         ["sbatch", "--partition=high", "--nodes=2", "--ntasks=4", "--output=none", "--wrap=true"],
         ["scancel", "--signal=USR2", job],
-        ["true"],  # waits for the time limit
     ]
-    step, uninterrupted = 0, tmp_path / "uninterrupted"
+    step = 0
     for number, cut in enumerate(cuts, start=1):
-        step = await_steps(tmp_path, step + 20)
+        step = await_steps(tmp_path, step + 5)
         cluster.run(*cut)
         cluster.await_state(job, "RUNNING", restarts=number)
-    assert cluster.await_state(job, "COMPLETED", seconds=240)["ExitCode"] == "0:0"
+    # The time limit: SLURM asks 15 to 45 s before. Frozen until then, the run can't be too fast.
+    await_steps(tmp_path, step + 5)
+    cluster.run("scancel", "--signal=STOP", job, check=False)
+    started = time.mktime(time.strptime(cluster.job(job)["StartTime"], "%Y-%m-%dT%H:%M:%S"))
+    time.sleep(max(0, started + 48 - time.time()))
+    cluster.run("scancel", "--signal=CONT", job, check=False)
+    assert cluster.await_state(job, "COMPLETED", restarts=5)["ExitCode"] == "0:0"
+
+    folder, uninterrupted = run_folder(tmp_path), tmp_path / "uninterrupted"
     command(*training, "--uid", "plain", "--save_folder", uninterrupted)
-    folder = run_folder(tmp_path)
     assert folder.name == run_folder(uninterrupted).name.removesuffix("plain") + job
     assert monotone(folder)
     assert_same_run(folder, run_folder(uninterrupted))
     log = (tmp_path / f"slurm-{job}.out").read_text()
-    assert log.count("new: ") == 1 and log.count("going on after step ") >= 5
+    assert log.count("new: ") == log.count("done: ") == 1
+    assert log.count("going on after step ") >= 5
     assert not list(Path("/tmp").glob(f"imle-ssl-{job}")), "what was staged is gone"
 
 
 @pytest.mark.slow
 def test_tasks_on_two_nodes_stop_together_go_on_and_train_the_same_run(cluster, tmp_path):
-    training = [*TRAINING, "--num_workers", 1, "--epochs", 5, "--steps_per_eval", 1]
+    training = [*TRAINING, "--num_workers", 1, "--epochs", 5, "--steps_per_eval", 2]
+    training += ["--fast_linear_probe", 0]
     job = cluster.submit(tmp_path, "--time", 1, "--nodes", 2, "--chunks", 2, training=training)
     await_steps(tmp_path, 2)
     cluster.run("scancel", "--signal=USR2", job)
@@ -342,7 +350,7 @@ def test_a_job_that_is_cancelled_stays_so_and_its_run_goes_on_by_uid(cluster, tm
     assert cluster.await_state(second, "COMPLETED")["Restarts"] == "0"
     log = (tmp_path / f"slurm-{second}.out").read_text()
     assert f"going on after step {step}" in log
-    assert f"1 chunks are over; to go on, submit the same with --uid {job}" in log
+    assert f"all 1 chunks are over; to go on, submit the same with --uid {job}" in log
     assert monotone(run_folder(tmp_path))
 
 
