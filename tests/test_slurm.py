@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT, TINY, command, metrics, run_folder
 from test_training import assert_same_run, final_state
 
+import Checkpoints
 import Flags
-import IO
 from Data import open_pair, staged_path
 from Utils import adopt_slurm_step
 
@@ -198,7 +198,7 @@ def test_what_was_staged_is_read_and_the_run_is_still_named_by_the_original(tmp_
     command(*flags, "--staged", tmp_path / "node")
     assert run_folder(tmp_path).name.startswith("TrainIMLE-data_mnist_val-")
     elsewhere = Flags.parse_flags(list(map(str, [*flags, "--staged", "/elsewhere"])))
-    _, checkpoint = IO.locate_run("TrainIMLE", elsewhere)
+    _, checkpoint = Checkpoints.locate_run("TrainIMLE", elsewhere)
     assert checkpoint["args"]["staged"] == str(tmp_path / "node")
 
 
