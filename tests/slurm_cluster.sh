@@ -5,7 +5,7 @@ set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
 
 install() { # where it is not there
-    command -v slurmctld slurmd munged && return
+    type slurmctld slurmd munged && return
     command -v apt-get || { echo "there is no apt-get"; exit 1; }
     export DEBIAN_FRONTEND=noninteractive
     limits="-o Acquire::Retries=1 -o Acquire::http::Timeout=15 -o DPkg::Lock::Timeout=60"
