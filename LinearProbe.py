@@ -15,6 +15,7 @@ from Models import in_precision
 from Utils import (
     InputError,
     Stream,
+    adopt_slurm_step,
     choose_dtype,
     join_processes,
     launch,
@@ -190,6 +191,7 @@ def fast_probe(flags, images_tr, images_val, size, device, **loading):
 
 def main(argv=None):
     """Probes the encoder of a checkpoint; the last line of the output is a JSON object."""
+    adopt_slurm_step()
     run_command(lambda: start(Flags.parse_probe_flags(argv)))
 
 
