@@ -187,6 +187,7 @@ def test_SIGTERM_to_one_process_of_two__all_save_the_same_step_and_go_on(tiny_ru
     assert_same_run(tiny_run, goes_on(tmp_path, "--processes", 2), tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_SIGTERM_to_the_command_of_two_processes__all_save_and_go_on(tiny_run, tmp_path):
     assert stopped_run(tmp_path, "step 2:", signal.SIGTERM, "--processes", 2) == 0
     assert 2 <= final_state(run_folder(tmp_path))["progress"]["step"] < 8
@@ -341,6 +342,7 @@ def remount(folder, *options):
     subprocess.run(["mount", "-o", ",".join(["remount", *options]), folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while__is_told_of_and_the_next_save_is_tried(tiny_run, tmp_path):
     size = final_path(tiny_run).stat().st_size / 2**20
     with small_disk(tmp_path / "disk", round(2.5 * size)):  # two checkpoints, but not a third one
@@ -488,6 +490,7 @@ def test_all_checkpoints_damaged__refused_rather_than_started_over(copied, tiny_
     assert metrics(run_folder(copied)) == metrics(tiny_run)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_with_one_process__goes_on_with_two_and_the_same_batches(
     tiny_run, tmp_path
 ):
@@ -708,6 +711,7 @@ nth_call(Data, "minibatches", 2, fault)
     assert errors.rstrip().endswith("ValueError: one of two")
 
 
+@pytest.mark.slow
 def test_the_same_uid_started_twice_at_once__the_second_refuses_and_the_first_goes_on(
     tiny_run, tmp_path
 ):
