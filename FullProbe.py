@@ -63,14 +63,14 @@ class Progress:
 
     step: int = 0
     losses: torch.Tensor | float = 0.0  # (heads,), summed over the present epoch's steps
-    history: list = field(default_factory=list)  # of each epoch: {"loss", "top1", ...}, lists
+    history: list = field(default_factory=list)  # of each epoch: {"training_loss", "top1", ...}
 
     def step_done(self, losses):
         self.step += 1
         self.losses = self.losses + losses
 
     def epoch_done(self, found, steps):
-        self.history.append({"loss": (self.losses / steps).tolist(), **found})
+        self.history.append({"training_loss": (self.losses / steps).tolist(), **found})
         self.losses = 0.0
 
 
@@ -154,8 +154,9 @@ class Keeper:
         text = f"step {progress.step}/{self.steps}"
         if progress.history:
             last = progress.history[-1]
-            text += f", {len(progress.history)} epochs done: loss {min(last['loss']):.4f}, "
-            text += f"top-1 {max(last['top1']):.4f} at best"
+            best = max(range(len(last["top1"])), key=last["top1"].__getitem__)
+            text += f", {len(progress.history)} epochs done: top-1 {last['top1'][best]:.4f} at best"
+            text += f", its training loss {last['training_loss'][best]:.4f}"
         say(f"{text}; {self.pace.text(progress.step / self.steps)}")
         self.said = time.monotonic()
 

@@ -1,0 +1,316 @@
+"""The full probe: its heads against MAE's recipe written out, the command against itself."""
+
+import csv
+import io
+import json
+import math
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEMO_DATA, ROOT, command
+from PIL import Image
+from safetensors.torch import load_file
+from timm.optim import Lars
+
+import Data
+import Encoders
+import Flags
+import FullProbe
+import Heads
+import LinearProbe
+from Augmentation import resize
+from Heads import Head
+from Utils import Stopped
+
+PROGRAM = (sys.executable, "LinearProbe.py")
+MODEL = ["--model", "demo/imle_mnist.pt"]
+CPU = ["--gpus", "cpu", "--num_workers", 0, "--sample_dtype", "float32"]
+FEW = ["--train_n_shot", 12, "--epochs", 6, "--batch_size", 25]
+CPU_DEVICE = torch.device("cpu")
+
+
+def probe(*flags, check=True, **options):
+    """A LinearProbe.py command's last line, as a dict; with check=False what is on stderr."""
+    done = command(*DEMO_DATA, *flags, program=PROGRAM, check=check, **options)
+    return json.loads(done.stdout.splitlines()[-1]) if check else done
+
+
+def without_time(result):
+    return {k: v for k, v in result.items() if k not in ("seconds", "folder")}
+
+
+# -------------------------------------------------------------------------------------------------
+# The heads.
+
+
+def test_lars_is_that_of_mae():
+    golden = load_file(ROOT / "tests/golden/mae_lars.safetensors")
+    weight, bias = (torch.nn.Parameter(golden[name].clone()) for name in ("w0", "b0"))
+    optimizer = Heads.lars([weight], [bias], [Head("cls", 6.4, 0.0)], scale=1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base"]
+    for step in range(4):
+        weight.grad, bias.grad = golden[f"gw{step}"], golden[f"gb{step}"]
+        optimizer.step()
+        torch.testing.assert_close(weight.data, golden[f"w{step + 1}"])
+        torch.testing.assert_close(bias.data, golden[f"b{step + 1}"])
+
+
+def mae_rate(epoch, lr, warmup, epochs):
+    """adjust_learning_rate as the paper's code has it, with min_lr 0."""
+    if epoch < warmup:
+        return lr * epoch / warmup
+    return lr * 0.5 * (1.0 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+
+
+def plain_probe(features, labels, start, *, lr, wd, batches, steps, warmup, epochs, batch_size):
+    """MAE's recipe for one head, by torch's modules: (losses of all steps, BatchNorm, linear)."""
+    norm = torch.nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6)
+    linear = torch.nn.Linear(features.shape[1], len(start))
+    linear.weight.data.copy_(start)
+    torch.nn.init.zeros_(linear.bias)
+    groups = [
+        {"params": [linear.weight], "weight_decay": wd, "always_adapt": True},
+        {"params": [linear.bias], "weight_decay": 0.0},
+    ]
+    optimizer, losses = Lars(groups, lr=0.0, momentum=0.9, trust_coeff=0.001), []
+    for number, rows in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = mae_rate(number / steps, lr * batch_size / 256, warmup, epochs)
+        loss = F.cross_entropy(linear(norm(features[rows])), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, norm.eval(), linear
+
+
+@pytest.mark.parametrize("logits", [2**26, 150], ids=["whole", "in parts"])
+def test_heads_side_by_side_learn_as_each_alone_by_mae_s_recipe(logits, monkeypatch):
+    monkeypatch.setattr(Heads, "LOGITS", logits)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(64, 2, 8, generator=generator) * 3 + 1
+    labels = torch.randint(0, 7, (64,), generator=generator)
+    batches = torch.stack([torch.randperm(64, generator=generator)[:32] for _ in range(12)])
+    specs = [
+        Head(pool, lr, wd)
+        for pool in ("cls", "mean", "both")
+        for lr, wd in ((0.5, 0.0), (8.0, 0.0), (8.0, 0.1))
+    ]
+    heads = Heads.Heads(specs, ("cls", "mean"), 7, 8, scale=32 / 256, seed=3)
+    starts = [weight.detach().clone() for weight in heads.weights]
+    losses = [
+        heads.step(features[rows], labels[rows], epoch=i / 2, warmup=2, epochs=6)
+        for i, rows in enumerate(batches)
+    ]
+    columns = {"cls": features[:, 0], "mean": features[:, 1], "both": features.flatten(1)}
+    found = heads.evaluate(features, labels)
+    for number, (spec, start) in enumerate(zip(specs, starts, strict=True)):
+        expected, norm, linear = plain_probe(
+            *(columns[spec.pool], labels, start),
+            lr=spec.lr,
+            wd=spec.wd,
+            batches=batches,
+            steps=2,
+            warmup=2,
+            epochs=6,
+            batch_size=32,
+        )
+        torch.testing.assert_close(torch.stack(losses)[:, number], torch.tensor(expected))
+        torch.testing.assert_close(heads.weights[number].data, linear.weight.data)
+        torch.testing.assert_close(heads.biases[number].data, linear.bias.data)
+        logits = linear(norm(columns[spec.pool]))
+        ranked = logits.argsort(dim=1, descending=True)
+        assert found["top1"][number] == (ranked[:, 0] == labels).double().mean()
+        assert found["top5"][number] == (ranked[:, :5] == labels[:, None]).any(1).double().mean()
+        assert found["loss"][number] == pytest.approx(F.cross_entropy(logits, labels).item())
+        assert torch.equal(heads.predict(features, number), ranked[:, 0])
+
+
+def test_heads_are_saved_whole():
+    features, labels = torch.randn(16, 1, 4), torch.arange(16) % 3
+    specs, schedule = [Head("mean", 1.0, 0.0)] * 2, {"epoch": 1.0, "warmup": 1, "epochs": 3}
+    first, second = (Heads.Heads(specs, ("mean",), 3, 4, seed=s) for s in (0, 1))
+    first.step(features, labels, **schedule)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(*(h.step(features, labels, **schedule) for h in (first, second)))
+    assert torch.equal(first.weights[1], second.weights[1])
+
+
+def test_a_part_of_each_class_is_held_out():
+    labels = torch.tensor([0] * 20 + [1] * 5 + [2] + [3] * 2)
+    train, held_out = FullProbe.hold_out(labels, 0.2, seed=0)
+    assert sorted([*train.tolist(), *held_out.tolist()]) == list(range(28))
+    assert torch.bincount(labels[held_out], minlength=4).tolist() == [4, 1, 0, 1]
+    assert torch.equal(held_out, FullProbe.hold_out(labels, 0.2, seed=0)[1])
+    assert not torch.equal(held_out, FullProbe.hold_out(labels, 0.2, seed=1)[1])
+
+
+def test_the_best_head_is_chosen_on_images_held_out_never_by_validation():
+    last = {"top1": [0.9, 0.1, 0.2], "held_out_top1": [0.2, 0.5, 0.5]}
+    assert FullProbe.choose([last | {"held_out_loss": [1.0, 2.0, 1.0]}]) == 2
+    assert FullProbe.choose([last | {"held_out_loss": [1.0, 1.0, math.nan]}]) == 1
+    assert FullProbe.choose([{"top1": [0.5]}]) == 0
+
+
+def test_the_worst_classes_and_what_they_are_taken_for():
+    labels = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    predicted = torch.tensor([0, 0, 3, 3, 2, 3, 3, 3])
+    rows, columns, shares = FullProbe.confused(labels, predicted, list("abcd"), most=2)
+    assert (rows, columns) == (["b", "c"], ["b", "c", "d"])
+    assert shares == [[0, 0, 1], [0, 0.5, 0.5]]
+
+
+# -------------------------------------------------------------------------------------------------
+# The command.
+
+
+def demo_features(n_shot, pool="cls"):
+    """Features and labels of the demo's few-shot training and validation images, alone."""
+    model = Encoders.load_encoder(str(ROOT / "demo/imle_mnist.pt"))
+    train = Data.few_shot(Data.open_images(ROOT / "demo/mnist_train.tar"), -1, n_shot, 0)
+    for images in train, Data.open_images(ROOT / "demo/mnist_val.tar"):
+        indices = torch.arange(len(images))
+        loader = Data.ImageLoader(images, resize((28, 28)), num_workers=0)
+        options = {"device": CPU_DEVICE, "batch_size": 250, "global_pool": pool == "mean"}
+        features = LinearProbe.extract_features(model, loader, indices, indices, **options)
+        yield features, torch.as_tensor(images.targets)
+
+
+def test_the_command_follows_mae_s_recipe_step_by_step(tmp_path):
+    flags = [*MODEL, *CPU, *FEW, "--use_augs", 0, "--lrs", 2, "--save_folder", tmp_path]
+    result = probe(*flags, "--warmup_epochs", 2)
+    (train, labels), (test, truth) = demo_features(12)
+    heads = Heads.Heads([Head("cls", 2.0, 0.0)], ("cls",), 10, 128)
+    orders = [
+        FullProbe.permutation(120, FullProbe.mix_seeds(0, FullProbe.Stream.PROBE, epoch))
+        for epoch in range(6)
+    ]
+    assert len({tuple(order.tolist()) for order in orders}) == 6
+    losses, norm, linear = plain_probe(
+        *(train, labels, heads.weights[0].detach()),
+        lr=2.0,
+        wd=0.0,
+        steps=4,
+        warmup=2,
+        epochs=6,
+        batch_size=25,
+        batches=[order[i * 25 : i * 25 + 25] for order in orders for i in range(4)],
+    )
+    ranked = linear(norm(test)).argsort(dim=1, descending=True)
+    assert result["top1"] == (ranked[:, 0] == truth).double().mean()
+    assert result["top5"] == (ranked[:, :5] == truth[:, None]).any(1).double().mean()
+    assert result["knn"] == Encoders.nearest_neighbors(train, labels, test, truth)
+    assert (result["n_train"], result["n_held_out"], result["n_val"]) == (120, 0, 1000)
+    assert (result["pool"], result["lr"], result["epochs"]) == ("cls", 2.0, 6)
+    history = json.loads(next(tmp_path.glob("probes/*/result.json")).read_text())["history"]
+    means = np.reshape(losses, (6, 4)).mean(1)
+    assert [record["training_loss"][0] for record in history] == pytest.approx(
+        means.tolist(), rel=1e-4
+    )
+
+
+def test_a_probe_leaves_a_table_a_picture_and_a_row_per_run(tmp_path):
+    flags = [*MODEL, *CPU, *FEW, "--use_augs", 0, "--save_folder", tmp_path]
+    flags += ["--lrs", 1, 3, "--wds", 0, 0.01, "--pools", "cls", "mean", "both"]
+    first, again = probe(*flags), probe(*flags)
+    assert without_time(first) == without_time(again)
+    table = first["heads"]
+    assert len({(row["pool"], row["lr"], row["wd"]) for row in table}) == 12
+    best = table[first["best"]]
+    assert best["held_out_top1"] == max(row["held_out_top1"] for row in table)
+    assert all(first[key] == best[key] for key in ("top1", "top5", "pool", "lr", "wd"))
+    assert (first["n_train"], first["n_held_out"]) == (120, 10)
+    probe(
+        *MODEL,
+        *CPU,
+        "--fast",
+        1,
+        "--val_n_shot",
+        4,
+        "--probe_epochs",
+        1,
+        *flags[-2:][:0],
+        "--save_folder",
+        tmp_path,
+    )
+    with open(tmp_path / "probes/results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["probe"] for row in rows] == ["full", "full", "fast"]
+    assert all(float(row["top1"]) > 0 and row["model"] == MODEL[1] for row in rows)
+    folder = tmp_path / "probes" / first["folder"].rsplit("/")[-1]
+    assert sorted(path.name for path in folder.iterdir()) == ["probe.png", "result.json"]
+    assert Image.open(folder / "probe.png").size[0] > 500
+
+
+@pytest.fixture(scope="module")
+def prime_images(tmp_path_factory):
+    """A folder with 101 validation images, a prime number."""
+    folder = tmp_path_factory.mktemp("prime")
+    with tarfile.open(ROOT / "demo/mnist_val.tar") as tar:
+        members = [member for member in tar.getmembers() if member.isfile()]
+        for member in [*members[::10], members[1]]:
+            path = folder / member.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(tar.extractfile(member).read())
+    (root,) = {path.parent.parent for path in folder.rglob("*.png")}
+    return root
+
+
+@pytest.mark.parametrize("fast", [0, 1])
+def test_one_two_and_three_processes_give_the_same_result(tmp_path, prime_images, fast):
+    flags = [*MODEL, *CPU, "--train_n_shot", 7, "--fast", fast, "--data_val", prime_images]
+    flags += ["--save_folder", tmp_path, "--probe_bs_val", 16]
+    flags += ["--probe_epochs", 3] if fast else ["--epochs", 3, "--batch_size", 20, "--lrs", 3, 9]
+    results = [without_time(probe(*flags, "--processes", n)) for n in (1, 2, 3)]
+    assert results[0]["n_val"] == 101
+    assert results[0] == results[1] == results[2]
+
+
+class StopAfter:
+    """A StopSignal that comes at a certain step."""
+
+    status = 0
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def asked(self):
+        self.left -= 1
+        return self.left == 0
+
+
+@pytest.mark.parametrize("use_augs", [0, 1])
+def test_a_probe_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch, use_augs):
+    monkeypatch.chdir(ROOT)
+
+    def run(folder, steps):
+        argv = [*DEMO_DATA, *MODEL, *CPU, "--train_n_shot", 4, "--epochs", 3, "--lrs", 1, 5]
+        argv += ["--batch_size", 11, "--use_augs", use_augs, "--save_folder", folder]
+        argv += ["--probe_ignore_z", 0, "--train_n_way", 4, "--val_n_way", 4]
+        flags = Flags.parse_probe_flags([str(word) for word in argv])
+        images = Data.open_pair(
+            flags.data_tr, flags.data_val, n_way=4, n_shot=4, seed=0, same_classes=True
+        )
+        model = Encoders.load_encoder(flags.model)
+        return FullProbe.full_probe(flags, model, *images, CPU_DEVICE, StopAfter(steps))
+
+    whole = run(tmp_path / "whole", -1)
+    torch.manual_seed(7)  # what happened in between has no say
+    for _ in range(2):  # stops inside of epochs of 1 step, then of the others
+        with pytest.raises(Stopped, match="the same command goes on"):
+            run(tmp_path / "parts", 1)
+    parts = run(tmp_path / "parts", -1)
+    assert without_time(parts) == without_time(whole)
+    histories = [
+        json.loads(next((tmp_path / name).glob("probes/*/result.json")).read_text())["history"]
+        for name in ("whole", "parts")
+    ]
+    assert histories[0] == histories[1] and len(histories[0]) == 3
