@@ -3,7 +3,6 @@ nearest neighbours tell classes by these."""
 
 import dataclasses
 import difflib
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ import IO
 from Augmentation import MEAN, STD, channels, normalize
 from Models import PRESETS, build, in_precision
 from Utils import InputError, Stream, autocast, mix_seeds, seeded, sum_over_processes
-from Weights import check_config, first_line, read_state
+from Weights import check_config, fetch, first_line, read_state
 
 # What a head may see of an image, and the parts that it is made of: the class token, the mean of
 # the patch tokens. Encoders without tokens have one vector.
@@ -75,11 +74,12 @@ class Foreign(nn.Module):
         super().__init__()
         self.network, self.features = parts.network.eval(), parts.features
         self.mean, self.std, self.dtype = tuple(parts.mean), tuple(parts.std), dtype
-        with torch.no_grad(), autocast(torch.device("cpu"), dtype):
+        with torch.no_grad():
             example = self.features(torch.zeros(1, 3, *parts.image_size))
         self.pools = ("cls", "mean", "both") if example.ndim == 3 else ("vector",)
         depth = len(getattr(parts.network, "blocks", ()))
         self.config = Shape(tuple(parts.image_size), example.shape[-1], depth)
+        self.eval()
 
     def encode(self, images, codes=None):
         """images (N,3,H,W), normalised as ours are -> tokens (N, 1+L, C)."""
@@ -125,17 +125,17 @@ def from_timm(name, trained, path, size):
     logging.set_verbosity_error()  # its retries; what fails in the end is said in one line
     network = timm.create_model(name, pretrained=trained and not path, num_classes=0)
     if path:
-        load_state(network, path, network.pretrained_cfg.get("classifier", ()))
+        load_state(network, path, network.pretrained_cfg.get("classifier"))
     config = timm.data.resolve_data_config(model=network)
     if size and hasattr(network, "set_input_size"):
         network.set_input_size(img_size=tuple(size))
-    n_prefix = getattr(network, "num_prefix_tokens", 0)  # class token and registers
+    has_class_token = getattr(network, "cls_token", None) is not None
 
     def features(images):
         x = network.forward_features(images)
-        if x.ndim != 3 or not n_prefix:
+        if x.ndim != 3 or not has_class_token:
             return network.forward_head(x, pre_logits=True)
-        return torch.cat([x[:, :1], x[:, n_prefix:]], dim=1)
+        return torch.cat([x[:, :1], x[:, network.num_prefix_tokens :]], dim=1)  # no registers
 
     size = size or config["input_size"][1:]
     return Parts(network, features, size, config["mean"], config["std"])
@@ -145,13 +145,12 @@ def from_torchvision(name, trained, path, size):
     """torchvision's model: what its classifier, the last linear layer, sees."""
     from torchvision.models import get_model, get_model_weights
 
-    weights = get_model_weights(name).DEFAULT
-    network = get_model(name, weights=weights if trained and not path else None)
+    weights, network = get_model_weights(name).DEFAULT, get_model(name)
     linear = [at for at, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     if not linear:
         raise InputError(f"torchvision:{name} has no linear classifier, so no features to probe")
-    if path:
-        load_state(network, path, linear[-1])
+    if trained:
+        load_state(network, path or fetch(weights.url), linear[-1])
     parent, _, last = linear[-1].rpartition(".")
     setattr(network.get_submodule(parent), last, nn.Identity())
     preset = weights.transforms()
@@ -179,22 +178,18 @@ FOREIGN = {
 
 
 def load_state(network, path, classifier):
-    """Loads a file's state dict into a network, but for its classifier (a name, or several);
-    refuses one that does not fit."""
-    state, _ = read_state(Path(path))
-    heads = tuple([classifier] if isinstance(classifier, str) else classifier)
-    own = network.state_dict()
-    is_head = lambda name: bool(heads) and name.startswith(heads)  # noqa: E731
-    state = {name: tensor for name, tensor in state.items() if not is_head(name)}
-    wanted = {name for name in own if not is_head(name)}
-    wrong = sorted(
-        {
-            *(wanted ^ state.keys()),
-            *(n for n in wanted & state.keys() if own[n].shape != state[n].shape),
-        }
+    """Loads a file's state dict into a network, without its classifier, whose name or names these
+    are; refuses one that does not fit."""
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+    own, (state, _) = network.state_dict(), read_state(path)
+    own, state = (
+        {name: x for name, x in tensors.items() if name.rpartition(".")[0] not in heads}
+        for tensors in (own, state)
     )
+    wrong = own.keys() ^ state.keys()
+    wrong |= {name for name in own.keys() - wrong if own[name].shape != state[name].shape}
     if wrong:
-        raise InputError(f"{path} does not fit: {len(wrong)} tensors, first {wrong[0]}")
+        raise InputError(f"{path} does not fit: {len(wrong)} tensors, first {min(wrong)}")
     network.load_state_dict(state, strict=False)
 
 

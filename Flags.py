@@ -405,8 +405,9 @@ def probe_parser():
     data_flags(parser)
 
     add = parser.add_argument_group("full probe").add_argument
-    add("--lrs", type=real(0), nargs="+", default=[0.1, 0.3, 1.0, 3.0, 10.0], metavar="RATE",
-        help="base rates per 256 images: a head for each, MAE's is .1")
+    add("--lrs", type=real(0), nargs="+", default=[0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0],
+        metavar="RATE",
+        help="base rates per 256 images, a head for each; .1 is MAE's, small data want more")
     add("--wds", type=real(0), nargs="+", default=[0.0], metavar="RATE",
         help="weight decays: a head for each, with each rate")
     add("--pools", nargs="+", choices=("cls", "mean", "both"),
@@ -417,9 +418,9 @@ def probe_parser():
     add("--epochs", type=whole(1), metavar="N", help="default: 90, of ViT-L and ViT-H 50")
     add("--warmup_epochs", type=whole(0), metavar="N",
         help="of linear warm-up; default: 10, at most a fifth of --epochs")
-    add("--batch_size", type=whole(2), default=512, metavar="IMAGES",
-        help="per step, over all processes; MAE's paper has 16384. They pass the network "
-        "--probe_bs_val at a time")
+    add("--batch_size", type=whole(2), metavar="IMAGES",
+        help="per step, over all processes, of which --probe_bs_val pass the network at a time; "
+        "default: 512, at most an eighth of all; MAE's paper has 16384")
     add("--keep_gb", type=real(0), default=8.0, metavar="GB",
         help="of features on the device, at most; with --use_augs 0 they are computed once if "
         "that is enough")

@@ -129,7 +129,7 @@ class Keeper:
         """Writes the checkpoint, on the first process."""
         if rank() == 0:
             state = {"heads": self.heads.state_dict(), "progress": vars(progress)}
-            self.folder.mkdir(parents=True, exist_ok=True)
+            IO.make_folder(self.folder)
             IO.save_checkpoint(self.folder / "checkpoint.pt", state)
         self.saved = time.monotonic()
 
@@ -309,8 +309,8 @@ def setting(flags, model, images_tr):
         if not len(held_out):
             shown = "no class has a second image to hold out; give one --lrs, --wds and --pools"
             raise InputError(f"--hold_out: to choose among {len(specs)} heads, {shown}")
-    batch_size = min(flags.batch_size, len(train))
-    if batch_size < flags.batch_size:
+    batch_size = min(flags.batch_size or max(2, min(512, len(train) // 8)), len(train))
+    if flags.batch_size and batch_size < flags.batch_size:
         say(f"note: --batch_size is lowered to {batch_size}, the number of training images")
     parts = tuple(part for part in ("cls", "mean") if any(part in POOLS[p] for p in wanted))
     return Setting(specs, parts, epochs, warmup, batch_size, train, held_out)
@@ -481,9 +481,7 @@ def probe_folder(flags, model, images_tr, images_val):
     data = Path(flags.data_tr).resolve()
     name = f"{Path(flags.model).stem}-{data.parent.name}_{data.stem}"
     name = re.sub(r"[^\w.+-]", "_", name, flags=re.ASCII)[:180]
-    folder = Path(flags.save_folder).expanduser() / "probes" / f"{name}-{digest.hexdigest()[:8]}"
-    IO.check_writable(folder)
-    return folder
+    return Path(flags.save_folder).expanduser() / "probes" / f"{name}-{digest.hexdigest()[:8]}"
 
 
 def going_on(folder, heads):
@@ -505,8 +503,8 @@ def going_on(folder, heads):
 
 def write_result(folder, result, history, confusion):
     """Leaves the result and its picture, and no checkpoint: what is done is not gone on with."""
-    folder.mkdir(parents=True, exist_ok=True)
     content = json.dumps({**result, "history": history}, indent=1)
+    content = content.replace("NaN", "null").replace("Infinity", "null")  # heads that diverged
     write_atomically(folder / "result.json", content.encode())
     IO.draw_probe(folder / "probe.png", result, history, confusion)
     (folder / "checkpoint.pt").unlink(missing_ok=True)

@@ -326,6 +326,14 @@ def check_writable(folder):
         raise InputError(f"--save_folder: cannot write to {there}")
 
 
+def make_folder(folder):
+    """Makes a folder, and those above it; an InputError where it can't be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--save_folder: cannot make {folder}: {error.strerror}") from None
+
+
 def locate_run(script, flags):
     """(folder, checkpoint or None): of the run with these flags' uid, or that --resume names, where
     it stood; else a new one."""
@@ -418,7 +426,6 @@ def append_row(path, values):
     """Appends a row of these values to a CSV, under its own heading or, in a new file, under
     PROBE_COLUMNS."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")), open(path, "a+", newline="") as file:
             file.seek(0)
             columns = next(csv.reader(file), None)

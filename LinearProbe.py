@@ -169,6 +169,7 @@ def main(argv=None):
 
 def start(flags):
     """Opens the data and runs the probe in as many processes as there are devices."""
+    IO.make_folder(Path(flags.save_folder).expanduser() / "probes")
     images_tr, images_val = Data.open_pair(
         flags.data_tr,
         flags.data_val,
