@@ -121,9 +121,9 @@ def data_flags(parser):
         help="precision of all that needs no gradients; auto: the fastest that the device has")
 
 
-def probe_flags(parser):
+def probe_flags(parser, title="fast linear probe"):
     """The flags of the fast linear probe."""
-    add = parser.add_argument_group("fast linear probe").add_argument
+    add = parser.add_argument_group(title).add_argument
     add("--val_n_way", type=whole(2), default=32, metavar="CLASSES", help="classes, at most")
     add("--val_n_shot", type=whole(1), default=50, metavar="IMAGES",
         help="training images per class, at most")
@@ -401,6 +401,8 @@ def probe_parser():
         help=f"the weights to probe: {SOURCES}; {FOREIGN_SOURCES}")
     add("--input_size", type=whole(1), nargs="+", metavar="PIXELS",
         help="side, or height and width, of the images as the network sees them; default: its own")
+    add("--probe_codes", type=whole(1), default=1, metavar="CODES",
+        help="with --probe_ignore_z 0: codes per image over which features are averaged")
     add("--fast", **SWITCH, default=0, help="1: the fast probe, of a few-shot subset")
     data_flags(parser)
 
@@ -428,9 +430,10 @@ def probe_parser():
         help="between saves of where the probe stands")
     add("--save_folder", default=".", metavar="DIR",
         help="the probe is DIR/probes/NAME, and a row of DIR/probes/results.csv")
-    probe_flags(parser)
-    add("--probe_codes", type=whole(1), default=1, metavar="CODES",
-        help="with --probe_ignore_z 0: codes per image over which features are averaged")
+    probe_flags(
+        parser,
+        "fast probe; of both are --probe_bs_val, --probe_ignore_z and --global_pool",
+    )
     parser.set_defaults(global_pool=None)
     return parser
 
@@ -454,10 +457,6 @@ def resolve_probe_flags(args, default):
     """A new namespace with what depends on other flags filled in; an InputError for what does not
     go together. default(name): a flag's default."""
     flags = argparse.Namespace(**vars(args))
-    idle = ONLY_FULL if flags.fast else ONLY_FAST
-    given = [f"--{name}" for name in idle if getattr(flags, name) != default(name)]
-    if given:
-        say(f"note: {', '.join(given)}: no part of the {'fast' if flags.fast else 'full'} probe")
     if flags.input_size and len(flags.input_size) > 2:
         raise InputError(f"--input_size {' '.join(map(str, flags.input_size))}: one or two numbers")
     if flags.input_size:
@@ -472,6 +471,10 @@ def resolve_probe_flags(args, default):
     if flags.probe_codes > 1 and flags.probe_ignore_z:
         raise InputError(f"--probe_codes {flags.probe_codes}: needs --probe_ignore_z 0")
     resolve_shared_flags(flags)
+    idle = ONLY_FULL if flags.fast else ONLY_FAST
+    given = [f"--{name}" for name in idle if getattr(args, name) != default(name)]
+    if given:
+        say(f"note: {', '.join(given)}: no part of the {'fast' if flags.fast else 'full'} probe")
     return flags
 
 

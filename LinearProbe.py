@@ -54,8 +54,8 @@ def linear_probe(
     mean, std = features.mean(0), features.std(0) + 1e-6
     features, features_test = (features - mean) / std, (features_test - mean) / std
     n, n_classes = len(features), int(max(labels.max(), labels_test.max())) + 1
-    weight = torch.zeros(n_classes, features.shape[1], device=features.device, requires_grad=True)
-    bias = torch.zeros(n_classes, device=features.device, requires_grad=True)
+    weight = torch.zeros(n_classes, features.shape[1], device=features.device)
+    bias, one_hot = weight.new_zeros(n_classes), torch.eye(n_classes, device=weight.device)
     optimizer = torch.optim.AdamW([weight, bias], weight_decay=weight_decay, fused=True)
     steps = epochs * -(-n // batch_size)
     step = 0
@@ -65,8 +65,11 @@ def linear_probe(
             optimizer.param_groups[0]["lr"] = learning_rate(
                 step, base=lr, minimum=0, start=0, ramp=steps // 10, total=steps, cycles=1
             )
-            loss = F.cross_entropy(F.linear(features[batch], weight, bias), labels[batch])
-            weight.grad, bias.grad = torch.autograd.grad(loss, [weight, bias])
+            # The gradient of the mean cross entropy, by hand: in such small steps autograd would
+            # take half of the time.
+            x = features[batch]
+            error = (F.linear(x, weight, bias).softmax(1) - one_hot[labels[batch]]) / len(batch)
+            weight.grad, bias.grad = error.T @ x, error.sum(0)
             optimizer.step()
             step += 1
     with torch.no_grad():

@@ -229,6 +229,30 @@ def test_the_command_follows_mae_s_recipe_step_by_step(tmp_path, probe_here):
     )
 
 
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("n_shot", [20, 100])
+def test_both_probes_are_within_a_point_of_logistic_regression(pool, n_shot):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    preprocessing = pytest.importorskip("sklearn.preprocessing")
+    (train, labels), (test, truth) = demo_features(n_shot, pool)
+    scaler = preprocessing.StandardScaler().fit(train)
+    inputs, inputs_test, reached = scaler.transform(train), scaler.transform(test), []
+    for strength in (0.01, 0.1, 1.0):  # as many looks at the test set as the heads have
+        classifier = linear_model.LogisticRegression(C=strength, max_iter=1000)
+        reached.append(classifier.fit(inputs, labels).score(inputs_test, truth))
+    specs = [Head("cls", lr, 0.0) for lr in Flags.probe_parser().get_default("lrs")]
+    batch = min(512, len(train) // 8)
+    heads = Heads.Heads(specs, ("cls",), 10, 128, scale=batch / 256)
+    for epoch in range(90):
+        rows = FullProbe.permutation(len(train), epoch).split(batch)
+        for number, part in enumerate(rows):
+            schedule = {"epoch": epoch + number / len(rows), "warmup": 10, "epochs": 90}
+            heads.step(train[part][:, None], labels[part], **schedule)
+    assert max(heads.evaluate(test[:, None], truth)["top1"]) > max(reached) - 0.01
+    fast = LinearProbe.linear_probe(train, labels, test, truth)
+    assert fast["top1"] == pytest.approx(max(reached), abs=0.03)
+
+
 def test_a_probe_leaves_a_table_a_picture_and_a_row_per_run(tmp_path, probe_here):
     flags = [*MODEL, *CPU, *FEW, "--use_augs", 0, "--save_folder", tmp_path]
     flags += ["--lrs", 1, 3, "--wds", 0, 0.01, "--pools", "cls", "mean", "both"]
