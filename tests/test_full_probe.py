@@ -184,25 +184,29 @@ def test_the_worst_classes_and_what_they_are_taken_for():
 # The command.
 
 
-def demo_features(n_shot, pool="cls"):
-    """Features and labels of the demo's few-shot training and validation images, alone."""
-    model = Encoders.load_encoder(str(ROOT / "demo/imle_mnist.pt"))
-    train = Data.few_shot(Data.open_images(ROOT / "demo/mnist_train.tar"), -1, n_shot, 0)
+@pytest.fixture(scope="module")
+def demo_features():
+    """(features (n, 2, C), labels) of the demo's training images, 50 of each class, as a command's
+    --train_n_shot 50 chooses them, and of its validation images, alone."""
+    model, found = Encoders.load_encoder(str(ROOT / "demo/imle_mnist.pt")), []
+    train = Data.few_shot(Data.open_images(ROOT / "demo/mnist_train.tar"), -1, 50, 0)
     for images in train, Data.open_images(ROOT / "demo/mnist_val.tar"):
         indices = torch.arange(len(images))
         loader = Data.ImageLoader(images, resize((28, 28)), num_workers=0)
-        options = {"device": CPU_DEVICE, "batch_size": 250, "global_pool": pool == "mean"}
-        features = LinearProbe.extract_features(model, loader, indices, indices, **options)
-        yield features, torch.as_tensor(images.targets)
+        options = {"device": CPU_DEVICE, "batch_size": 250, "parts": ("cls", "mean")}
+        features = Encoders.extract(model, loader, indices, indices, **options)
+        found.append((features, torch.as_tensor(images.targets)))
+    return found
 
 
-def test_the_command_follows_mae_s_recipe_step_by_step(tmp_path, probe_here):
-    flags = [*MODEL, *CPU, *FEW, "--use_augs", 0, "--lrs", 2, "--save_folder", tmp_path]
-    result = probe_here(*flags, "--warmup_epochs", 2)
-    (train, labels), (test, truth) = demo_features(12)
+def test_the_command_follows_mae_s_recipe_step_by_step(tmp_path, probe_here, demo_features):
+    flags = [*MODEL, *CPU, "--use_augs", 0, "--lrs", 2, "--save_folder", tmp_path]
+    flags += ["--train_n_shot", 50, "--epochs", 6, "--warmup_epochs", 2, "--batch_size", 120]
+    result = probe_here(*flags)
+    (train, labels), (test, truth) = ((x[:, 0], y) for x, y in demo_features)
     heads = Heads.Heads([Head("cls", 2.0, 0.0)], ("cls",), 10, 128)
     orders = [
-        FullProbe.permutation(120, FullProbe.mix_seeds(0, FullProbe.Stream.PROBE, epoch))
+        FullProbe.permutation(500, FullProbe.mix_seeds(0, FullProbe.Stream.PROBE, epoch))
         for epoch in range(6)
     ]
     assert len({tuple(order.tolist()) for order in orders}) == 6
@@ -213,14 +217,14 @@ def test_the_command_follows_mae_s_recipe_step_by_step(tmp_path, probe_here):
         steps=4,
         warmup=2,
         epochs=6,
-        batch_size=25,
-        batches=[order[i * 25 : i * 25 + 25] for order in orders for i in range(4)],
+        batch_size=120,
+        batches=[order[i * 120 : i * 120 + 120] for order in orders for i in range(4)],
     )
     ranked = linear(norm(test)).argsort(dim=1, descending=True)
     assert result["top1"] == (ranked[:, 0] == truth).double().mean()
     assert result["top5"] == (ranked[:, :5] == truth[:, None]).any(1).double().mean()
     assert result["knn"] == Encoders.nearest_neighbors(train, labels, test, truth)
-    assert (result["n_train"], result["n_held_out"], result["n_val"]) == (120, 0, 1000)
+    assert (result["n_train"], result["n_held_out"], result["n_val"]) == (500, 0, 1000)
     assert (result["pool"], result["lr"], result["epochs"]) == ("cls", 2.0, 6)
     history = json.loads(next(tmp_path.glob("probes/*/result.json")).read_text())["history"]
     means = np.reshape(losses, (6, 4)).mean(1)
@@ -230,11 +234,11 @@ def test_the_command_follows_mae_s_recipe_step_by_step(tmp_path, probe_here):
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
-@pytest.mark.parametrize("n_shot", [20, 100])
-def test_both_probes_are_within_a_point_of_logistic_regression(pool, n_shot):
+def test_both_probes_are_within_a_point_of_logistic_regression(pool, demo_features):
     linear_model = pytest.importorskip("sklearn.linear_model")
     preprocessing = pytest.importorskip("sklearn.preprocessing")
-    (train, labels), (test, truth) = demo_features(n_shot, pool)
+    part = ("cls", "mean").index(pool)
+    (train, labels), (test, truth) = ((x[:, part], y) for x, y in demo_features)
     scaler = preprocessing.StandardScaler().fit(train)
     inputs, inputs_test, reached = scaler.transform(train), scaler.transform(test), []
     for strength in (0.01, 0.1, 1.0):  # as many looks at the test set as the heads have
@@ -250,7 +254,7 @@ def test_both_probes_are_within_a_point_of_logistic_regression(pool, n_shot):
             heads.step(train[part][:, None], labels[part], **schedule)
     assert max(heads.evaluate(test[:, None], truth)["top1"]) > max(reached) - 0.01
     fast = LinearProbe.linear_probe(train, labels, test, truth)
-    assert fast["top1"] == pytest.approx(max(reached), abs=0.03)
+    assert fast["top1"] > max(reached) - 0.02
 
 
 def test_a_probe_leaves_a_table_a_picture_and_a_row_per_run(tmp_path, probe_here):
