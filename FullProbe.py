@@ -61,17 +61,17 @@ def train_heads(heads, batches, evaluate, keeper, progress, *, epochs, warmup):
 class Progress:
     """Where training stands: all that a checkpoint needs beside the heads."""
 
+    losses: torch.Tensor  # (heads,), summed over the present epoch's steps
     step: int = 0
-    losses: torch.Tensor | float = 0.0  # (heads,), summed over the present epoch's steps
     history: list = field(default_factory=list)  # of each epoch: {"training_loss", "top1", ...}
 
     def step_done(self, losses):
         self.step += 1
-        self.losses = self.losses + losses
+        self.losses += losses
 
     def epoch_done(self, found, steps):
         self.history.append({"training_loss": (self.losses / steps).tolist(), **found})
-        self.losses = 0.0
+        self.losses.zero_()
 
 
 class Pace:
@@ -329,7 +329,8 @@ class Known:
             "parts": parts,
             "n_codes": 0 if flags.probe_ignore_z else flags.probe_codes,
         }
-        self.most = int(flags.keep_gb * 2**30 / (4 * len(parts) * model.config.dim))  # images
+        image = 4 * len(parts) * model.config.dim  # bytes
+        self.most = max(1, int(flags.keep_gb * 2**30 / image))  # images whose features are kept
 
     def __call__(self, what, images, indices):
         """Features (n, parts, C) and labels (n,) of images indices (n,), on the device."""
@@ -479,32 +480,36 @@ def probe_folder(flags, model, images_tr, images_val):
     sizes = [(len(images), list(images.classes)) for images in (images_tr, images_val)]
     digest.update(json.dumps([told, sizes], sort_keys=True).encode())
     data = Path(flags.data_tr).resolve()
-    name = f"{Path(flags.model).stem}-{data.parent.name}_{data.stem}"
+    model_name = flags.model if ":" in flags.model else Path(flags.model).stem
+    name = f"{model_name[-80:]}-{data.parent.name}_{data.stem}"
     name = re.sub(r"[^\w.+-]", "_", name, flags=re.ASCII)[:180]
     return Path(flags.save_folder).expanduser() / "probes" / f"{name}-{digest.hexdigest()[:8]}"
 
 
 def going_on(folder, heads):
     """Where this probe stood, its heads set to that; the start, where it did not begin yet."""
-    path = folder / "checkpoint.pt"
+    path, zeros = folder / "checkpoint.pt", heads.mean.new_zeros(len(heads.specs))
+    progress = Progress(zeros)
     if not path.exists():
         say(f"new: {folder}")
-        return Progress()
+        return progress
     try:
         state = read_checkpoint(path)
     except InputError as error:
         say(f"warning: {error}; the probe starts anew")
-        return Progress()
+        return progress
     heads.load_state_dict(state["heads"])
     progress = Progress(**state["progress"])
+    progress.losses = progress.losses.to(heads.mean.device)
     say(f"going on after step {progress.step} in {folder}")
     return progress
 
 
 def write_result(folder, result, history, confusion):
     """Leaves the result and its picture, and no checkpoint: what is done is not gone on with."""
+    for values in (values for record in history for values in record.values()):
+        values[:] = [x if math.isfinite(x) else None for x in values]  # JSON has no word for it
     content = json.dumps({**result, "history": history}, indent=1)
-    content = content.replace("NaN", "null").replace("Infinity", "null")  # heads that diverged
     write_atomically(folder / "result.json", content.encode())
     IO.draw_probe(folder / "probe.png", result, history, confusion)
     (folder / "checkpoint.pt").unlink(missing_ok=True)

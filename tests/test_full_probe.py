@@ -156,6 +156,24 @@ def test_heads_are_saved_whole():
     assert torch.equal(first.weights[1], second.weights[1])
 
 
+def test_a_head_that_diverges_leaves_the_others_alone(tmp_path):
+    features, labels = torch.randn(32, 1, 4), torch.arange(32) % 3
+    specs, losses = [Head("cls", 1.0, 0.0), Head("cls", 1e30, 0.0)], []
+    both, one = (Heads.Heads(some, ("cls",), 3, 4) for some in (specs, specs[:1]))
+    for _ in range(20):
+        schedule = {"epoch": 1.0, "warmup": 1, "epochs": 3}
+        losses.append([h.step(features, labels, **schedule)[0] for h in (both, one)])
+    torch.testing.assert_close(*torch.tensor(losses).T.unbind())
+    found = both.evaluate(features, labels)
+    assert not math.isfinite(found["loss"][1]) and math.isfinite(found["loss"][0])
+    result = {"model": "x", "top1": 0.5, "best": 0, "heads": [s._asdict() for s in specs]}
+    history = [{"training_loss": [1.0, math.nan], "top1": [0.5, 0.1], "top5": [1.0, 1.0]}]
+    confusion = FullProbe.confused(labels, both.predict(features, 0), list("abc"))
+    FullProbe.write_result(tmp_path, result, history, confusion)
+    text = (tmp_path / "result.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["history"][0]["training_loss"][1] is None
+
+
 def test_a_part_of_each_class_is_held_out():
     labels = torch.tensor([0] * 20 + [1] * 5 + [2] + [3] * 2)
     train, held_out = FullProbe.hold_out(labels, 0.2, seed=0)
@@ -313,6 +331,16 @@ def test_one_two_and_three_processes_give_the_same_result(tmp_path, probe_here, 
     assert alone["n_val"] == 101
     for n in (3,) if fast else (2, 3):
         assert without_time(probe(*flags, "--processes", n)) == without_time(alone)
+
+
+def test_features_that_are_too_many_to_keep_are_computed_again(tmp_path, probe_here):
+    flags = [*MODEL, *CPU, *FEW, "--use_augs", 0, "--save_folder", tmp_path, "--lrs", 2]
+    kept, again = probe_here(*flags), probe_here(*flags, "--keep_gb", 0)
+    assert again["top1"] == pytest.approx(kept["top1"], abs=0.003)
+    histories = [
+        json.loads(path.read_text())["history"] for path in tmp_path.glob("probes/*/result.json")
+    ]
+    assert len(histories) == 1  # --keep_gb makes no other probe
 
 
 class StopAfter:
