@@ -17,6 +17,7 @@ from Augmentation import normalize
 from Stores import FolderImages, ImageError, LmdbImages, TarImages, check_decoder
 from Utils import (
     InputError,
+    RunError,
     Stream,
     mix_seeds,
     naming,
@@ -200,25 +201,40 @@ class SeededImages(Dataset):
         return self.images.load(index), True  # none can be read: the error again
 
 
-def leave_interrupts(_):
-    """In a worker: an interruption is the main process's business."""
+def leave_signals(_):
+    """In a worker: to stop is the main process's business, also where a signal goes to all of a
+    job's processes. The second SIGTERM ends it; a loader that is given up sends two."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class ImageLoader:
     """Loads images in chunks by worker processes, which live as long as the loader where
-    `persistent`."""
+    `persistent`. timeout: seconds that a chunk may take; chunks end early once stopping()."""
 
-    def __init__(self, images, transform, *, num_workers, persistent=False, pin_memory=False):
+    def __init__(
+        self,
+        images,
+        transform,
+        *,
+        num_workers,
+        persistent=False,
+        pin_memory=False,
+        timeout=0,
+        stopping=lambda: False,
+    ):
         self.images, self.bad = images, set()  # bad: indices of images that had to be replaced
         self.batches = []  # what the workers load next; the loader asks when it is iterated
+        self.stopping = stopping
         self.loader = DataLoader(
             SeededImages(images, transform),
             batch_sampler=self.batches,
             num_workers=num_workers,
             persistent_workers=persistent and num_workers > 0,
             pin_memory=pin_memory,
-            worker_init_fn=leave_interrupts,
+            timeout=timeout if num_workers else 0,
+            worker_init_fn=leave_signals,
             generator=torch.Generator(),  # of its own: else each pass draws from the global one
         )
 
@@ -232,10 +248,27 @@ class ImageLoader:
         self.batches[:] = [
             list(zip(indices[rows].tolist(), seeds[rows].tolist(), strict=True)) for rows in slices
         ]
-        for rows, (images, replaced) in zip(slices, self.loader, strict=True):
+        loaded = iter(self.loader)
+        for rows in slices:
+            if self.stopping():
+                return
+            images, replaced = self.next_chunk(loaded, indices[rows])
             if replaced.any():
                 self.count_bad(indices[rows][replaced].tolist())
             yield rows, images
+
+    def next_chunk(self, loaded, indices):
+        """The next of `loaded`, the chunk of these images; a RunError when that takes too long."""
+        try:
+            return next(loaded)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+        names = ", ".join(self.images.name(i) for i in indices[:3].tolist())
+        raise RunError(
+            f"--loader_timeout {self.loader.timeout:g}: a loader worker gave nothing for so many "
+            f"seconds; it was loading {len(indices)} images: {names}{' ...' * (len(indices) > 3)}"
+        ) from None
 
     def count_bad(self, indices):
         """Tells of images that were replaced, each once; an InputError when there are too many."""
@@ -327,10 +360,11 @@ class Batch:
         return [self.pool.source.name(i) for i in self.pool.indices[self.whole].tolist()]
 
 
-def minibatches(pool, codes, step, steps, size):
-    """Yields the epoch's `steps` minibatches from the run's gradient step `step` on: shuffled
-    passes over the pool, cut into `size`. codes: (pool, D) or None."""
+def minibatches(pool, codes, steps, size, *, step=0, done=0):
+    """Yields the epoch's `steps` minibatches but for those `done`, the first of them as the run's
+    gradient step `step`: shuffled passes over the pool, cut into `size`. codes: (pool, D) or
+    None."""
     seed = mix_seeds(pool.seed, Stream.MINIBATCH, pool.epoch)
     stream = even_indices(len(pool.indices), 0, steps * size, seed, pool.shuffle).view(steps, size)
-    for number, whole in enumerate(stream[step - pool.epoch * steps :], step):
+    for number, whole in enumerate(stream[done:], step):
         yield Batch(pool, whole[rank() :: world_size()], codes, whole, number)

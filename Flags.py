@@ -14,7 +14,7 @@ from Data import MOST_BAD
 from Models import ACTIVATIONS, DECODERS, INJECTIONS, PRESETS
 from Stores import IMAGE_DECODERS, check_decoder
 from Utils import InputError, naming, say
-from Weights import FOREIGN_SOURCES, PUBLISHED, SOURCES, read_checkpoint
+from Weights import FOREIGN_SOURCES, PUBLISHED, SOURCES, read_run_checkpoint
 
 # -------------------------------------------------------------------------------------------------
 # Flags. Every flag, its default, its unit and its bounds stand in `training_parser`; `parse_flags`
@@ -111,6 +111,8 @@ def data_flags(parser):
         f"{MOST_BAD * 1000:g} in 1000; 0: stop")
     add("--num_workers", type=whole(0), default=WORKERS, metavar="N",
         help="loader workers per process; default: cores, at most 8")
+    add("--loader_timeout", type=real(1), default=120.0, metavar="SECONDS",
+        help="for which a loader worker may give nothing before the run ends with an error")
     add("--seed", type=whole(0, 2**31), default=0, metavar="N", help="of everything that is random")
 
     add = parser.add_argument_group("devices and precision").add_argument
@@ -244,6 +246,8 @@ def training_parser():
         "default: the SLURM job's id, else random")
     add("--resume", metavar="CHECKPOINT",
         help="go on from the newest checkpoint of a run, with its flags where they are not given")
+    add("--force_resume", **SWITCH, default=0,
+        help="1: go on although flags changed that make the run what it is (never: its model's)")
     add("--save_iter", type=whole(1, also=-1), default=-1, metavar="EPOCHS",
         help="between checkpoints that are kept for good; -1: only the newest are kept")
     add("--save_minutes", type=real(0), default=10.0, metavar="MINUTES",
@@ -264,12 +268,10 @@ def parse_flags(argv=None):
     source = early.parse_known_args(argv)[0].resume
     if source:  # a run's flags are the defaults for going on with it
         try:
-            known = read_checkpoint(source).get("args")
-            if not isinstance(known, dict):
-                raise InputError(f"{source} is no checkpoint of a run")
+            known = read_run_checkpoint(source)["args"]
         except InputError as error:
             parser.error(f"--resume: {error}")
-        parser.set_defaults(**known)
+        parser.set_defaults(**{**known, "force_resume": 0})
         for action in parser._actions:
             action.required = action.required and action.dest not in known
     args = parser.parse_args(argv)

@@ -18,6 +18,7 @@ import torch
 import Data
 import IO
 from Augmentation import transforms
+from Checkpoints import save_checkpoint
 from Encoders import POOLS, extract, image_features, nearest_neighbors
 from Heads import Head, Heads
 from Utils import (
@@ -129,19 +130,21 @@ class Keeper:
         """Writes the checkpoint, on the first process."""
         if rank() == 0:
             state = {"heads": self.heads.state_dict(), "progress": vars(progress)}
-            IO.make_folder(self.folder)
-            IO.save_checkpoint(self.folder / "checkpoint.pt", state)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(self.folder / "checkpoint.pt", state)
         self.saved = time.monotonic()
 
     def after_step(self, progress):
-        """Saves where save_minutes are over, or where the run was asked to stop, which it then
+        """Saves where save_minutes are over, or where the probe was asked to stop, which it then
         does."""
-        stopping = self.stop.asked()
-        if stopping or time.monotonic() - self.saved > 60 * self.save_minutes:
+        try:
+            self.stop.check()
+        except Stopped as stopped:
             self.save(progress)
-        if stopping:
             message = f"stopped after step {progress.step}, saved in {self.folder}"
-            raise Stopped(f"{message}; the same command goes on", self.stop.status)
+            raise Stopped(f"{message}; the same command goes on", stopped.status) from None
+        if time.monotonic() - self.saved > 60 * self.save_minutes:
+            self.save(progress)
         self.tell(progress, every=30)
 
     def after_epoch(self, progress):
@@ -319,10 +322,14 @@ def setting(flags, model, images_tr):
 class Known:
     """Computes the features of images by the test's transform, which are the same every time."""
 
-    def __init__(self, flags, model, parts, device):
-        self.model, self.seed, self.device = model, flags.seed, device
+    def __init__(self, flags, model, parts, device, stop):
+        self.model, self.seed, self.device, self.stop = model, flags.seed, device, stop
         self.transform = transforms(model.config.image_size, flags.use_augs)[1]
-        self.loading = {"num_workers": flags.num_workers, "pin_memory": device.type == "cuda"}
+        self.loading = {
+            "num_workers": flags.num_workers,
+            "timeout": flags.loader_timeout,
+            "pin_memory": device.type == "cuda",
+        }
         self.options = {
             "device": device,
             "batch_size": flags.probe_bs_val,
@@ -334,9 +341,11 @@ class Known:
 
     def __call__(self, what, images, indices):
         """Features (n, parts, C) and labels (n,) of images indices (n,), on the device."""
-        pace, loader = Pace(self.device), Data.ImageLoader(images, self.transform, **self.loading)
+        loading = {**self.loading, "stopping": self.stop.asked}
+        pace, loader = Pace(self.device), Data.ImageLoader(images, self.transform, **loading)
         seeds = image_seeds(self.seed, 0, indices)
         features = extract(self.model, loader, indices, seeds, pace=pace, **self.options)
+        self.stop.check()
         if not features.isfinite().all():
             raise RunError(f"the features of {what} images are not finite numbers")
         say(f"features of {len(indices):,} {what} images: {pace.text()}")
@@ -393,7 +402,7 @@ def full_probe(flags, model, images_tr, images_val, device, stop):
     scale = chosen.batch_size / 256
     heads = Heads(*shape, scale=scale, seed=flags.seed, device=device)
     progress = going_on(folder, heads)
-    known = Known(flags, model, chosen.parts, device)
+    known = Known(flags, model, chosen.parts, device, stop)
     test = known("validation", images_val, torch.arange(len(images_val)))
     held_out = known("held-out", images_tr, chosen.held_out) if len(chosen.held_out) else None
     steps = chosen.epochs * chosen.steps

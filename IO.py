@@ -1,11 +1,12 @@
-"""The edges of a run: its folder, its metrics and pictures, its checkpoints."""
+"""The edges of a run: what a person sees of it, and what it leaves in its folder."""
 
+import contextlib
 import csv
+import io
 import json
 import math
 import os
 import platform
-import re
 import resource
 import shlex
 import subprocess
@@ -21,8 +22,9 @@ from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from Checkpoints import checkpoint_paths, lock_folder, save_checkpoint, step_of
 from Utils import InputError, rank, say, world_size, write_atomically
-from Weights import load_model, read_checkpoint  # noqa: F401 (load_model: where users look for it)
+from Weights import load_model  # noqa: F401 (where users look for it)
 
 # -------------------------------------------------------------------------------------------------
 # What a person sees: lines and progress bars, of the first process only.
@@ -123,7 +125,11 @@ class Run:
         """Does nothing yet; entered by `with`, it opens the folder, behind the metrics that the
         checkpoint knows."""
         self.folder, self.flags, self.main = Path(folder), flags, rank() == 0
+        self.step = checkpoint["progress"]["step"] if checkpoint else 0
         self.metrics_size = checkpoint["metrics_size"] if checkpoint else 0
+        self.found = checkpoint_paths(folder)
+        self.waiting = {}  # what the disk has not taken yet: names of files -> bytes
+        self.lines = b""  # likewise, of metrics.jsonl
 
     def __enter__(self):
         if self.main:
@@ -131,14 +137,14 @@ class Run:
             try:
                 for name in ("images", "checkpoints"):
                     (self.folder / name).mkdir(parents=True, exist_ok=True)
+                self.lock = lock_folder(self.folder)
+                if checkpoint_paths(self.folder) != self.found:
+                    raise InputError(f"--uid: another process went on with {self.folder} meanwhile")
+                self.tidy()
                 write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
-                self.metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115
+                self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
                 self.metrics.truncate(min(self.metrics_size, self.metrics.tell()))
                 self.metrics.seek(0, os.SEEK_END)
-                for left in (self.folder / "checkpoints").glob(
-                    ".*.tmp"
-                ):  # of a save that was killed
-                    left.unlink()
             except OSError as error:
                 raise InputError(
                     f"--save_folder: cannot write to {self.folder}: {error.strerror}"
@@ -146,11 +152,23 @@ class Run:
             self.wandb = WandB(self.flags.wandb, self.folder, config)
         return self
 
+    def tidy(self):
+        """Clears away what a save that was killed has left, and checkpoints that can't be read: a
+        run goes on from the newest that can."""
+        for left in self.folder.rglob(".*.tmp"):
+            left.unlink()
+        for path in self.found:
+            if step_of(path) > self.step:
+                path.rename(path.with_suffix(".damaged"))
+
     def __exit__(self, *_):
         if self.main:
             self.draw_curves()
+            with contextlib.suppress(OSError):
+                self.write_down()
             self.metrics.close()
             self.wandb.close()
+            self.lock.close()
 
     def log(self, step, epoch, values):
         """Appends one JSON object to metrics.jsonl; pictures (keys images/...) become files, and
@@ -162,26 +180,37 @@ class Run:
             if isinstance(value, float) and not math.isfinite(value):
                 record[key] = None  # JSON has no word for it
             if isinstance(value, Image.Image):
-                path = self.folder / "images" / f"{key.split('/')[-1]}_{step:08d}.png"
-                value.save(path)
-                record[key] = str(path.relative_to(self.folder))
-        self.metrics.write(json.dumps(record).encode() + b"\n")
-        self.metrics.flush()
+                record[key] = f"images/{key.split('/')[-1]}_{step:08d}.png"
+                value.save(file := io.BytesIO(), "png")
+                self.waiting[record[key]] = file.getvalue()
+        self.lines += json.dumps(record).encode() + b"\n"
+        try:
+            self.write_down()
+        except OSError as error:
+            say(f"warning: {self.folder}: {error.strerror}; metrics and pictures wait in memory")
         self.wandb.log(step, {**values, "epoch": epoch, "pretrain/step": step})
+
+    def write_down(self):
+        """Writes what waits: pictures, then the lines that name them."""
+        for name, content in list(self.waiting.items()):
+            write_atomically(self.folder / name, content)
+            del self.waiting[name]
+        while self.lines:
+            self.lines = self.lines[self.metrics.write(self.lines) :]
 
     def draw_curves(self):
         """Draws curves.png anew from metrics.jsonl."""
         if self.main:
-            draw_curves(
-                read_metrics(self.folder), self.folder / "curves.png", title=self.folder.name
-            )
+            with contextlib.suppress(OSError):  # it is drawn again
+                runs = {self.folder.name: read_metrics(self.folder)}
+                draw_curves(runs, self.folder / "curves.png", title=self.folder.name)
 
     def save(self, state, *, keep=False):
         """Writes a checkpoint of `state`, which gets the size of metrics.jsonl; keep: for good,
-        besides the newest two."""
+        besides the newest two. An OSError where the disk does not take it: what was there stays."""
         if not self.main:
             return
-        self.metrics.flush()
+        self.write_down()
         os.fsync(self.metrics.fileno())
         state = {**state, "metrics_size": self.metrics.tell()}
         step = state["progress"]["step"]
@@ -264,106 +293,40 @@ CURVES = {  # panel -> {key: label}
 
 
 def read_metrics(folder):
-    """The records of a run's metrics.jsonl, as a list of dicts."""
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    """The records of a run's metrics.jsonl, as a list of dicts; a line that is being written is
+    left out."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]
 
 
-def draw_curves(records, path, title=""):
-    """Draws what the records hold, over gradient steps, to a picture at `path`."""
+def draw_curves(runs, path, title=""):
+    """Draws what {name: records} of runs hold, over gradient steps, to a picture at `path`: one
+    line a key; with several runs one colour a run, one style a key."""
     from matplotlib.figure import Figure  # slow to import; and Figure alone opens no windows
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    several = len(runs) > 1
+    figure = Figure(figsize=(11, 7 + several * 0.25 * len(runs)), layout="constrained")
     figure.suptitle("\n".join(textwrap.wrap(title, 110)), fontsize=9)
     for axes, (panel, keys) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
         axes.set_title(panel, fontsize=10)
         axes.set_xlabel("gradient steps")
-        for key, label in keys.items():
-            points = [(r["pretrain/step"], r[key]) for r in records if r.get(key) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker=".", label=label)
-        if axes.lines:
-            axes.legend(fontsize=8)
-        else:
-            axes.text(0.5, 0.5, "nothing recorded", ha="center", transform=axes.transAxes)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
-
-
-def run_name(script, flags):
-    """script-data-arch-ip-hyperparameters-suffix-uid, at most 200 characters, the uid never cut."""
-    data = Path(flags.data_tr).resolve()
-    ip = "_".join(flags.ip_spec) or "mae"
-    numbers = f"bs{flags.mini_bs}-epe{flags.ex_per_epoch}-ipe{flags.ipe}-lr{flags.lr:g}"
-    numbers += "" if flags.ignore_z else f"-lrz{flags.lr_z:g}-ns{flags.ns}"
-    parts = [script, f"{data.parent.name}_{data.stem}", flags.arch, ip, numbers, flags.suffix]
-    name = re.sub(r"[^\w.+-]", "_", "-".join(part for part in parts if part), flags=re.ASCII)
-    return f"{name[: 199 - len(flags.uid)]}-{flags.uid}"
-
-
-# What may differ when a run goes on: where and how it computes, what it measures and keeps. The
-# rest makes it the run it is.
-CHANGEABLE = frozenset(
-    "gpus processes num_workers sample_dtype fp16 code_bs sp accum epochs fast_linear_probe "
-    "val_n_way val_n_shot probe_lr probe_epochs probe_bs probe_bs_val probe_ignore_z "
-    "probe_augs_per_image global_pool ex_for_mse_loss z_per_ex_loss eval_bs ex_for_vis_tr "
-    "ex_for_vis_te z_per_ex_vis steps_per_eval get_mae_baseline save_folder suffix uid resume "
-    "save_iter save_minutes wandb notes mae_weights skip_bad_images".split()
-)
-
-
-def read_config(folder):
-    """The flags in a run's config.json; empty where they can't be read."""
-    try:
-        return json.loads((folder / "config.json").read_text())["flags"]
-    except (OSError, ValueError, KeyError):
-        return {}
-
-
-def check_writable(folder):
-    """Refuses a folder that could not be made or written to, without making it."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"--save_folder: cannot write to {there}")
-
-
-def make_folder(folder):
-    """Makes a folder, and those above it; an InputError where it can't be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--save_folder: cannot make {folder}: {error.strerror}") from None
-
-
-def locate_run(script, flags):
-    """(folder, checkpoint or None): of the run with these flags' uid, or that --resume names, where
-    it stood; else a new one."""
-    models = Path(flags.save_folder).expanduser() / "models"
-    if flags.resume:
-        folder = Path(flags.resume).absolute().parent.parent
-    else:
-        named = (path.parent for path in models.glob(f"*-{flags.uid}/config.json"))
-        mine = (path for path in named if read_config(path).get("uid") == flags.uid)
-        folder = next(mine, models / run_name(script, flags))
-    path, checkpoint = newest_checkpoint(folder)
-    if checkpoint is None:
-        check_writable(folder)
-        return folder, None
-    if flags.resume and not path.samefile(flags.resume):
-        step = read_checkpoint(flags.resume).get("progress", {}).get("step")
-        if step != checkpoint["progress"]["step"]:
-            raise InputError(f"--resume {flags.resume}: not its run's newest; give {path}")
-    new, old = vars(flags), checkpoint["args"]
-    same = CHANGEABLE | (new.keys() - old.keys())  # a flag that is newer than the run, too
-    changed = [name for name in new if name not in same and new[name] != old[name]]
-    if changed:
-        shown = ", ".join(f"--{name} was {old[name]}, is {new[name]}" for name in changed)
-        raise InputError(
-            f"--uid {flags.uid}: that run was started with other flags ({shown}); "
-            "give those, or choose another --uid"
-        )
-    if new["epochs"] != old["epochs"]:
-        say(f"note: --epochs was {old['epochs']}, is {new['epochs']}")
-    return folder, checkpoint
+        for style, (key, label) in zip(("-", "--", ":", "-."), keys.items(), strict=False):
+            for number, records in enumerate(runs.values()):
+                points = [(r["pretrain/step"], r[key]) for r in records if r.get(key) is not None]
+                look = {"color": f"C{number}", "linestyle": style} if several else {"label": label}
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker=".", **look)
+            if several and len(keys) > 1 and axes.lines:
+                axes.plot([], [], color="black", linestyle=style, label=label)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+        elif not axes.lines:
+            axes.text(0.5, 0.5, "nothing recorded", ha="center", transform=axes.transAxes)
+    if several:
+        lines = [axes.plot([], [], color=f"C{n}", marker=".")[0] for n in range(len(runs))]
+        figure.legend(lines, runs, loc="outside lower left", fontsize=8, frameon=False)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=100, format="png"))
 
 
 def describe_run(flags):
@@ -387,33 +350,6 @@ def describe_run(flags):
 
 
 # -------------------------------------------------------------------------------------------------
-# The checkpoints of a run.
-
-
-def save_checkpoint(path, state):
-    """Saves a dict of tensors and plain data."""
-    write_atomically(path, lambda file: torch.save(state, file))
-
-
-def newest_checkpoint(folder):
-    """(path, content) of the newest checkpoint in a run's folder that can be read, (None, None) in
-    a folder without any; an InputError where all are damaged."""
-    kept = Path(folder, "checkpoints").glob("*step_*.pt")
-    paths = sorted(kept, key=lambda path: path.stem.split("step_")[-1], reverse=True)
-    for path in paths:
-        try:
-            content = read_checkpoint(path)
-            if {"model", "optimizer", "progress", "args", "metrics_size"} <= content.keys():
-                return path, content
-            say(f"warning: {path} is no checkpoint of a run; using the one before")
-        except InputError as error:
-            say(f"warning: {error}; using the one before")
-    if paths:
-        raise InputError(f"{folder}: none of its {len(paths)} checkpoints can be read")
-    return None, None
-
-
-# -------------------------------------------------------------------------------------------------
 # What a probe leaves.
 
 PROBE_COLUMNS = (
@@ -426,6 +362,7 @@ def append_row(path, values):
     """Appends a row of these values to a CSV, under its own heading or, in a new file, under
     PROBE_COLUMNS."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")), open(path, "a+", newline="") as file:
             file.seek(0)
             columns = next(csv.reader(file), None)
@@ -467,4 +404,4 @@ def draw_probe(path, result, history, confusion):
     right.set(xlabel="taken for", ylabel="class")
     right.set_title(f"the {len(rows)} worst classes, % of their images", fontsize=10)
     figure.suptitle(f"{result['model']}: top-1 {result['top1']:.2%}", fontsize=10)
-    figure.savefig(path, dpi=100)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=100, format="png"))

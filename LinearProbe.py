@@ -14,6 +14,7 @@ import Data
 import Flags
 import IO
 from Augmentation import transforms
+from Checkpoints import check_writable
 from Encoders import extract_features, load_encoder, nearest_neighbors
 from FullProbe import full_probe
 from Utils import (
@@ -98,12 +99,13 @@ class FastProbe:
         augs_per_image,
         transform_tr,
         transform_te,
-        num_workers,
+        loading,
         seed,
         **options,
     ):
-        """n_way and n_shot are maxima; options: `device`, `batch_size`, `global_pool`,
-        `ignore_codes`, `n_codes` of extract_features, and `head`, the keywords of linear_probe."""
+        """n_way and n_shot are maxima; loading: keywords of ImageLoader; options: `device`,
+        `batch_size`, `global_pool`, `ignore_codes`, `n_codes` of extract_features, and `head`, the
+        keywords of linear_probe."""
         n_classes = len(images_tr.classes)
         if n_classes < 2:
             raise InputError(
@@ -123,7 +125,7 @@ class FastProbe:
         ):
             indices = torch.arange(len(images)).repeat(copies)
             seeds = mix_seeds(seed, Stream.PROBE, indices, Data.occurrences(indices))
-            loader = Data.ImageLoader(images, transform, num_workers=num_workers)
+            loader = Data.ImageLoader(images, transform, **loading)
             labels = torch.as_tensor(images.targets)[indices].to(options["device"])
             self.sets.append((loader, indices, seeds, labels))
         self.head = {"seed": seed, **options.pop("head")}
@@ -143,8 +145,9 @@ class FastProbe:
         return linear_probe(features, labels, features_test, labels_test, **self.head)
 
 
-def fast_probe(flags, images_tr, images_val, size, device, n_codes=1):
-    """The FastProbe that the probe's flags ask for."""
+def fast_probe(flags, images_tr, images_val, size, device, n_codes=1, **loading):
+    """The FastProbe that the probe's flags ask for; n_codes: see extract_features; loading: more
+    keywords of ImageLoader."""
     transform_tr, transform_te = transforms(size, flags.use_augs)
     return FastProbe(
         images_tr,
@@ -154,7 +157,7 @@ def fast_probe(flags, images_tr, images_val, size, device, n_codes=1):
         augs_per_image=flags.probe_augs_per_image,
         transform_tr=transform_tr,
         transform_te=transform_te,
-        num_workers=flags.num_workers,
+        loading={"num_workers": flags.num_workers, "timeout": flags.loader_timeout, **loading},
         seed=flags.seed,
         device=device,
         batch_size=flags.probe_bs_val,
@@ -172,7 +175,7 @@ def main(argv=None):
 
 def start(flags):
     """Opens the data and runs the probe in as many processes as there are devices."""
-    IO.make_folder(Path(flags.save_folder).expanduser() / "probes")
+    check_writable(Path(flags.save_folder).expanduser() / "probes")
     images_tr, images_val = Data.open_pair(
         flags.data_tr,
         flags.data_val,

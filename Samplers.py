@@ -1,11 +1,13 @@
-"""Choosing among many codes without trying each: most are ruled out by what the tried ones tell.
-Pure tensors in and out.
+"""Trying codes in passes; and choosing among many without trying each: most are ruled out by what
+the tried ones tell. Pure tensors in and out.
 
 Letters in shapes: N images, S codes per image, k of them tried, Q predicted values."""
 
 import math
 
 import torch
+
+from Models import reconstruction_loss
 
 
 def ranks(losses, rs_epsilon=0.0):
@@ -60,3 +62,19 @@ def predicted_losses(kernel, numbers, residuals, ridge=0.1):
     weights = weights + (1 - weights.sum(1, keepdim=True)) / k
     errors = residuals @ residuals.transpose(1, 2) / residuals.shape[2]  # (N, k, k)
     return (weights * (errors @ weights)).sum(1)
+
+
+def code_passes(model, prefix, images, seeds, codes_per_pass, numbers):
+    """Completes images with the codes of these numbers (N,k), codes_per_pass at a time: yields
+    predictions of the masked patches (N,k,M,P*P*3), losses (N,k) float32."""
+    if images.device.type == "cpu":  # whose cache holds the activations of small passes
+        values_per_code = prefix.positions.numel() * model.config.decoder_dim
+        codes_per_pass = min(codes_per_pass, max(1, 2**21 // values_per_code))
+    for part in numbers.split(codes_per_pass, dim=1):
+        pred = model.suffix(prefix, model.numbered_codes(seeds, part))
+        yield pred, image_losses(model, pred, images, prefix.mask)
+
+
+def image_losses(model, pred, images, mask):
+    """The loss that codes are chosen by and gradients are taken of: float32 (N,) or (N,K)."""
+    return reconstruction_loss(pred, images, mask, model.config.norm_pix_loss).float()

@@ -4,12 +4,15 @@ and processes."""
 import contextlib
 import logging
 import math
+import multiprocessing
 import os
 import secrets
 import signal
 import sys
 import tempfile
 import threading
+import time
+import traceback
 from enum import IntEnum
 from pathlib import Path
 
@@ -215,49 +218,64 @@ def write_atomically(path, content):
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved where it stands. status: what the program exits
-    with."""
+    """The run was asked to stop. status: what the program exits with, 130 after SIGINT, else 0."""
 
     def __init__(self, message, status):
         super().__init__(message)
         self.status = status
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # the last as SLURM is asked to
+
+
 class StopSignal:
-    """Inside `with`, SIGTERM and SIGINT ask the run to stop after its gradient step; a second one
-    stops it at once."""
+    """Inside `with`, a signal asks the run to stop where it can go on from; the same one again, or
+    `deadline` seconds without an end, ends the process at once."""
+
+    def __init__(self, deadline=300.0):
+        self.deadline, self.signal, self.timer = deadline, 0, None
 
     def __enter__(self):
-        self.signal = 0
-        self.before = {
-            number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self.before = {number: signal.signal(number, self.note) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.timer is not None:
+            self.timer.cancel()
 
     def note(self, number, _):
         """The handler."""
-        if self.signal == number:  # another one may be the launcher's, which passes a stop on
-            raise KeyboardInterrupt
-        self.signal = self.signal or number
-        if rank() == 0:  # written as it is safe in a handler
-            os.write(
-                1, b"asked to stop: saving after the next gradient step (ask again: at once)\n"
-            )
+        if not self.signal:
+            self.signal, self.since = number, time.monotonic()
+            text = "asked to stop: saving where the run can go on from (ask again: at once)"
+            # A thread, as the main one may hang in what never returns.
+            self.timer = threading.Timer(self.deadline, self.end, ["too slow to stop", 1])
+            self.timer.daemon = True
+            self.timer.start()
+            if rank() == 0:
+                os.write(1, f"{text}\n".encode())  # which is safe in a handler
+        elif number == self.signal and time.monotonic() - self.since > 1:
+            # Within a second it is the same request, sent to a group and passed on by its parent.
+            self.end("asked to stop again", 128 + number)
 
-    @property
-    def status(self):
-        """The exit status: 130 after SIGINT, else 0."""
-        return 130 if self.signal == signal.SIGINT else 0
+    def end(self, why, status):
+        """Ends the process at once."""
+        os.write(2, f"error: {why}: ended without saving\n".encode())
+        os._exit(status)
 
     def asked(self):
-        """Whether any process was asked to stop; all processes must call it together."""
-        asked = torch.tensor(self.signal)
+        """Whether this process was asked to stop."""
+        return self.signal != 0
+
+    def check(self):
+        """Raises Stopped on all processes, which must call it together, where one was asked to
+        stop."""
+        asked = torch.tensor([self.asked(), self.signal == signal.SIGINT], dtype=torch.int32)
         sum_over_processes(asked)
-        return bool(asked)
+        if asked[0]:
+            raise Stopped("stopped", 130 if asked[1] else 0)
 
 
 def launch(function, devices, *args):
@@ -265,7 +283,6 @@ def launch(function, devices, *args):
     here and now for one device, or where another launcher (torchrun) has started this process."""
     if len(devices) == 1 or "WORLD_SIZE" in os.environ:
         return function(*args)
-    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -278,27 +295,46 @@ def launch(function, devices, *args):
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
+        # A stop is passed on, and the processes take their time; the launcher gives them 30 s.
+        signals_to_handle="none",
     )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices))))
+    for number in STOP_SIGNALS:
+        signal.signal(number, pass_on)
     for name in ("distributed.elastic", "multiprocessing"):  # the processes speak for themselves
         logging.getLogger(f"torch.{name}").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            elastic_launch(config, run_child)(function, f"{folder}/said", *args)
+            elastic_launch(config, run_child)(function, os.getpid(), f"{folder}/said", *args)
         except ChildFailedError as error:
-            sys.exit(error.get_first_failure()[1].exitcode)
-        except SignalException as stopped:
-            sys.exit(130 if stopped.sigval == signal.SIGINT else 0)
+            code = error.get_first_failure()[1].exitcode
+            sys.exit(code if code >= 0 else 128 - code)
 
 
-def run_child(function, said, *args):
+def pass_on(number, _):
+    """Passes a signal on to the processes that this one has started."""
+    for child in multiprocessing.active_children():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, number)
+
+
+def run_child(function, parent, said, *args):
     """One process of several; the first that fails says why, by creating the file `said`."""
     tqdm.set_lock(threading.RLock())  # its own, of multiprocessing, would be leaked by the _exit
+    threading.Thread(target=end_with, args=[parent], daemon=True).start()
     try:
         run_command(lambda: function(*args), said)
-    except SystemExit as ended:  # at once: torch's wrapper waits for its agent, which waits for it
-        sys.stdout.flush()
-        os._exit(ended.code)
+    except SystemExit as ended:
+        if ended.code:  # at once: torch's wrapper waits for its agent, which waits for it
+            sys.stdout.flush()
+            os._exit(ended.code)
+
+
+def end_with(parent):
+    """Ends this process as soon as its parent is no more, killed, for example."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def run_command(command, said=None):
@@ -318,6 +354,26 @@ def run_command(command, said=None):
         sys.exit(stopped.status)
     except KeyboardInterrupt:
         fail("interrupted", 130, said)
+    except Exception as error:
+        if reason := explain(error):
+            fail(reason, 1, said)
+        if said is None:
+            raise
+        fail(f"in process {rank()}\n{traceback.format_exc()}", 1, said)
+
+
+def explain(error):
+    """One line about an error of torch that users meet; None for others."""
+    text = str(error).strip() or type(error).__name__
+    first = text.splitlines()[0]
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
+        return (
+            f"out of memory ({first}); lower --code_bs or --sp (sampling), --mini_bs or raise "
+            "--accum (gradient steps), lower --eval_bs or --probe_bs_val (validation)"
+        )
+    if text.startswith("DataLoader worker"):
+        return f"{first}; was it short of memory? Try fewer --num_workers"
+    return None
 
 
 def fail(message, status, said=None):
@@ -326,4 +382,7 @@ def fail(message, status, said=None):
         if said is not None:
             os.close(os.open(said, os.O_CREAT | os.O_EXCL))
         print(f"error: {message}", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for workers that end
+    for worker in multiprocessing.active_children():  # one that hangs would keep us from ending
+        worker.kill()
     sys.exit(status)

@@ -226,6 +226,22 @@ def read_checkpoint(path, mmap=False):
     return content
 
 
+RUN_PARTS = {"model", "config", "optimizer", "scaler", "progress", "args", "metrics_size"}
+
+
+def read_run_checkpoint(path):
+    """The dict in a checkpoint that a run can go on from; an InputError that says what is missing
+    and what is there instead."""
+    content = read_checkpoint(path)
+    if missing := sorted(RUN_PARTS - content.keys()):
+        others = ", ".join(map(str, list(content.keys() - RUN_PARTS)[:5])) or "nothing else"
+        missing = ", ".join(missing)
+        raise InputError(f"{path} is no checkpoint of a run: it lacks {missing}; it has {others}")
+    if not isinstance(content["args"], dict) or not isinstance(content["progress"], dict):
+        raise InputError(f"{path} is no checkpoint of a run: its args or progress are no dict")
+    return content
+
+
 def read_safetensors(path):
     """The dict of tensors in a .safetensors file; an InputError where it is damaged."""
     try:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from Flags import SWITCH, Parser, check_mask_ratio, real, whole  # noqa: E402 (the line above makes it importable)
 from IO import NORMALIZED, load_model, picture_grid  # noqa: E402
 from Models import completions, in_precision  # noqa: E402
-from TrainIMLE import code_passes, prepare  # noqa: E402
+from Samplers import code_passes  # noqa: E402
 from Utils import (  # noqa: E402
     InputError,
     Stream,
@@ -25,6 +25,7 @@ from Utils import (  # noqa: E402
     mix_seeds,
     run_command,
 )
+from Validation import prepare  # noqa: E402
 from Weights import SOURCES  # noqa: E402
 
 CODES_PER_PASS = 16

@@ -1,16 +1,19 @@
-"""Lists runs with what they reached last: python scripts/runs.py FOLDER [FOLDER ...], folders of
-runs or that hold some."""
+"""Lists runs with their state and what they reached last, and draws them together: python
+scripts/runs.py FOLDER [FOLDER ...] [--plot FILE], folders of runs or that hold some."""
 
-import argparse
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from IO import duration, read_metrics  # noqa: E402 (the line above makes it importable)
+from Checkpoints import is_running, read_config  # noqa: E402 (the line above makes it importable)
+from Flags import Parser  # noqa: E402
+from IO import draw_curves, duration, read_metrics  # noqa: E402
 
 COLUMNS = {  # heading -> (key in metrics.jsonl, format)
     "steps": ("pretrain/step", "{:d}"),
+    "training": ("pretrain/loss_tr", "{:.4f}"),
     "loss, mean": ("pretrain/loss_te", "{:.4f}"),
     "best": ("pretrain/loss_te_best", "{:.4f}"),
     "no code": ("pretrain/loss_te_no_z", "{:.4f}"),
@@ -20,32 +23,51 @@ COLUMNS = {  # heading -> (key in metrics.jsonl, format)
 }
 
 
-def row(run):
-    """The cells of a run's row: of each column the value recorded last."""
-    records = read_metrics(run)
-    cells = []
+def row(run, records):
+    """The cells of a run's row: its state, of each column the value recorded last, its time."""
+    cells = [state(run, records)]
     for key, form in COLUMNS.values():
         values = [record[key] for record in records if record.get(key) is not None]
         cells.append(form.format(values[-1]) if values else "-")
     return [*cells, duration(sum(record.get("time/epoch_seconds", 0) for record in records))]
 
 
+def state(run, records):
+    """running, done, or stopped: it can go on."""
+    if is_running(run):
+        return "running"
+    epochs_done = sum("pretrain/loss_tr" in record for record in records)
+    return "done" if epochs_done >= read_config(run).get("epochs", 0) else "stopped"
+
+
+def short_names(runs):
+    """Names of runs without what they share in front."""
+    names = [run.name for run in runs]
+    shared = len(os.path.commonprefix(names).rpartition("-")[0])
+    return [name[shared:].strip("-") for name in names] if len(names) > 1 else names
+
+
 def main(argv=None):
-    """Prints the table; loss and spread are of validation images, over codes."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Prints the table, draws the picture; loss and spread are of validation images, over codes."""
+    parser = Parser(prog="runs.py", description=__doc__)
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
-    folders = parser.parse_args(argv).folders
+    parser.add_argument("--plot", metavar="FILE", help="a .png with the curves of all these runs")
+    args = parser.parse_args(argv)
     runs = sorted(
-        {path.parent for folder in folders for path in Path(folder).rglob("metrics.jsonl")},
-        key=lambda run: (run / "config.json").stat().st_mtime,
+        {path.parent for folder in args.folders for path in Path(folder).rglob("metrics.jsonl")},
+        key=lambda run: (run / "metrics.jsonl").stat().st_mtime,
     )
     if not runs:
-        parser.exit(2, f"error: no run in {' '.join(folders)}\n")
-    rows = [[*COLUMNS, "time"], *map(row, runs)]
+        parser.error(f"no run in {' '.join(args.folders)}")
+    records = [read_metrics(run) for run in runs]
+    rows = [["state", *COLUMNS, "time"], *map(row, runs, records)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     names = ["run", *(run.name for run in runs)]
     for name, cells in zip(names, rows, strict=True):
         print("  ".join(map(str.rjust, cells, widths)), "", name)
+    if args.plot:
+        draw_curves(dict(zip(short_names(runs), records, strict=True)), args.plot)
+        print(f"drawn: {args.plot}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -54,6 +55,34 @@ def metrics(folder):
     return [
         {k: v for k, v in json.loads(line).items() if not k.startswith(timed)} for line in lines
     ]
+
+
+def final_path(folder):
+    """A run's newest checkpoint."""
+    return sorted(folder.glob("checkpoints/step_*.pt"))[-1]
+
+
+def final_state(folder):
+    """What it holds."""
+    return torch.load(final_path(folder), weights_only=True)
+
+
+def assert_same_run(folder, other, tolerance=0.0):
+    """Metrics, weights and, with no tolerance, pictures of two finished runs are the same. Weights
+    get a hundredfold tolerance: Adam turns rounding errors of zero gradients into small steps."""
+    a, b = final_state(folder), final_state(other)
+    for name, weights in a["model"].items():
+        torch.testing.assert_close(weights, b["model"][name], atol=100 * tolerance, rtol=0)
+    for left, right in zip(metrics(folder), metrics(other), strict=True):
+        assert left.keys() == right.keys()
+        for key, value in left.items():
+            if value != right[key]:
+                assert value == pytest.approx(right[key], abs=tolerance, rel=tolerance), key
+    if not tolerance:
+        pictures = sorted(p.name for p in (folder / "images").iterdir())
+        assert pictures == sorted(p.name for p in (other / "images").iterdir())
+        for name in pictures:
+            assert (folder / "images" / name).read_bytes() == (other / "images" / name).read_bytes()
 
 
 @pytest.fixture(scope="session")

@@ -704,14 +704,14 @@ def test_a_pool_is_pure_and_leaves_the_global_random_state_alone():
 def test_minibatches_are_whole_passes_in_exactly_sized_pieces(pool_size, size, shuffle):
     steps, epoch = 5, 2
     pool = draw(4, pool_size, epoch, shuffle=shuffle)
-    batches = [b.whole.tolist() for b in Data.minibatches(pool, None, epoch * steps, steps, size)]
+    batches = [b.whole.tolist() for b in Data.minibatches(pool, None, steps, size)]
     assert [len(batch) for batch in batches] == [size] * steps
     stream = sum(batches, [])
     for start in range(0, len(stream), pool_size):
         part = stream[start : start + pool_size]
         assert len(set(part)) == len(part)
     for done in range(steps):
-        rest = Data.minibatches(pool, None, epoch * steps + done, steps, size)
+        rest = Data.minibatches(pool, None, steps, size, done=done)
         assert [batch.whole.tolist() for batch in rest] == batches[done:]
 
 
@@ -722,7 +722,7 @@ def test_processes_share_a_minibatch_and_gather_images_noise_and_codes_by_row(mo
     shares = []
     for rank in range(3):
         monkeypatch.setattr(Data, "rank", lambda r=rank: r)
-        (batch,) = Data.minibatches(pool, codes, 0, 1, 7)
+        (batch,) = Data.minibatches(pool, codes, 1, 7)
         images, noise, chosen = batch.to(torch.device("cpu"))
         assert torch.equal(Augmentation.denormalize(images), pool.images[batch.rows])
         assert torch.equal(noise, pool.mask_noise[batch.rows])

@@ -13,6 +13,7 @@ import torch
 
 import Flags
 import Models
+from Weights import RUN_PARTS
 
 ROOT = Path(Flags.__file__).parent
 DATA = "--data_tr tr --data_val val"
@@ -31,7 +32,7 @@ DEFAULTS = """
     z_per_ex_vis=8 steps_per_eval=64 get_mae_baseline=1 save_iter=-1 save_minutes=10
     sample_dtype=auto processes=1 wandb=disabled save_folder=. seed=0 sampler=exhaustive tries=-1
     rs_epsilon=0 decoder=self predict_ratio=1
-    image_decoder=pillow skip_bad_images=0
+    image_decoder=pillow skip_bad_images=0 loader_timeout=120 force_resume=0
 """  # of DESIGN.md, section 3; further ones stand in the test
 TWO_RUNS = """
     TrainIMLE.py --gpus 0 1 --suffix SUFFIX --data_tr IMAGENET_TRAIN --data_val IMAGENET_VAL
@@ -303,18 +304,21 @@ def test_the_probe_s_mistakes_end_in_one_line_too(capsys, text, message):
 def test_resuming_takes_a_run_s_flags_where_none_are_given(tmp_path, text):
     first = vars(parse(f"{SCRATCH} --gpus cpu {text}"))
     path = tmp_path / "step.pt"
-    torch.save({"args": first}, path)
+    torch.save({**dict.fromkeys(RUN_PARTS, {}), "args": first}, path)
     assert vars(parse(f"--resume {path}")) == {**first, "resume": str(path)}
     assert vars(parse(f"--epochs 9 --resume={path}"))["epochs"] == 9
 
 
 def test_resuming_from_what_is_no_run_s_checkpoint_ends_in_one_line(tmp_path, capsys):
-    for content in {"model": {}}, {"model": {}, "args": argparse.Namespace(lr=1.0)}:
+    whole = dict.fromkeys(RUN_PARTS, {})
+    for content in {"model": {}, "foo": 1}, {**whole, "args": argparse.Namespace(lr=1.0)}:
         torch.save(content, tmp_path / "x.pt")
         for given in ("", SCRATCH):
-            assert "--resume" in refusal(
-                capsys, Flags.parse_flags, f"{given} --resume {tmp_path / 'x.pt'}"
-            )
+            text = f"{given} --resume {tmp_path / 'x.pt'}"
+            message = refusal(capsys, Flags.parse_flags, text)
+            assert "--resume" in message
+            assert ("lacks args, config, metrics_size" in message) == ("foo" in content)
+            assert ("it has foo" in message) == ("foo" in content)
 
 
 def declared(parser):

@@ -344,23 +344,25 @@ def test_features_that_are_too_many_to_keep_are_computed_again(tmp_path, probe_h
 
 
 class StopAfter:
-    """A StopSignal that comes at a certain step."""
+    """A StopSignal that comes when so many checks are over."""
 
-    status = 0
-
-    def __init__(self, steps):
-        self.left = steps
+    def __init__(self, checks):
+        self.left = checks
 
     def asked(self):
+        return False
+
+    def check(self):
         self.left -= 1
-        return self.left == 0
+        if self.left == 0:
+            raise Stopped("stopped", 0)
 
 
 @pytest.mark.parametrize("use_augs", [0, 1])
 def test_a_probe_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch, use_augs):
     monkeypatch.chdir(ROOT)
 
-    def run(folder, steps):
+    def run(folder, checks):
         argv = [*DEMO_DATA, *MODEL, *CPU, "--train_n_shot", 4, "--epochs", 3, "--lrs", 1, 5]
         argv += ["--batch_size", 5, "--use_augs", use_augs, "--save_folder", folder]
         argv += ["--probe_ignore_z", 0, "--train_n_way", 4, "--val_n_way", 4]
@@ -369,13 +371,13 @@ def test_a_probe_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch, use
             flags.data_tr, flags.data_val, n_way=4, n_shot=4, seed=0, same_classes=True
         )
         model = Encoders.load_encoder(flags.model)
-        return FullProbe.full_probe(flags, model, *images, CPU_DEVICE, StopAfter(steps))
+        return FullProbe.full_probe(flags, model, *images, CPU_DEVICE, StopAfter(checks))
 
     whole = run(tmp_path / "whole", -1)
     torch.manual_seed(7)  # what happened in between has no say
     for _ in range(2):  # inside an epoch of two steps, and at its end
         with pytest.raises(Stopped, match="the same command goes on"):
-            run(tmp_path / "parts", 1)
+            run(tmp_path / "parts", 3 if use_augs else 4)  # one after each known set of features
     parts = run(tmp_path / "parts", -1)
     assert without_time(parts) == without_time(whole)
     histories = [

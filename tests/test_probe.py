@@ -170,7 +170,7 @@ MODEL = ["--model", "demo/imle_mnist.pt"]
         ([*MODEL, "--lrs", 1, 1], "--lrs: the same value twice"),
         ([*MODEL, "--epochs", 2, "--warmup_epochs", 3], "--warmup_epochs 3: at most"),
         (["--model", "pixels", "--pools", "cls", "mean"], "--pools cls: pixels has one vector"),
-        ([*MODEL, "--save_folder", "/dev/null"], "--save_folder: cannot make"),
+        ([*MODEL, "--save_folder", "/dev/null"], "--save_folder: cannot write"),
     ],
 )
 @pytest.mark.parametrize("fast", [0, 1])

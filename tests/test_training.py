@@ -4,24 +4,35 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 from functools import partial
 
 import pytest
 import torch
-from conftest import DEMO_DATA, ROOT, TINY, command, metrics, run_folder
+from conftest import (
+    DEMO_DATA,
+    ROOT,
+    TINY,
+    assert_same_run,
+    command,
+    final_path,
+    final_state,
+    metrics,
+    run_folder,
+)
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import Augmentation
 import Data
 import IO
 import Models
 import Samplers
 import TrainIMLE
+import Validation
 from Augmentation import transforms
 from Utils import RunError, fastest_dtype, learning_rate
 
@@ -46,7 +57,7 @@ def digits(n):
     loader = Data.ImageLoader(images, transforms((28, 28), use_augs=False)[1], num_workers=0)
     indices = torch.arange(n) * len(images) // n
     ((_, pixels),) = loader.chunks(indices, indices, n)
-    return TrainIMLE.normalize(pixels), torch.rand(n, 49), indices
+    return Augmentation.normalize(pixels), torch.rand(n, 49), indices
 
 
 def brute_force(model, images, mask_noise, seeds, n_codes):
@@ -86,7 +97,7 @@ def test_a_loss_that_is_not_finite_never_wins(model, chunk, monkeypatch):
                 result[n, k - first] = (math.nan, -math.inf)[n % 2]
         return result
 
-    monkeypatch.setattr(TrainIMLE, "image_losses", broken)
+    monkeypatch.setattr(Samplers, "image_losses", broken)
     codes, best, _ = TrainIMLE.choose_codes(model, *chunk, codes_per_image=6, codes_per_pass=2)
     second = losses.scatter(1, worst[:, None], math.inf).argmin(1)
     assert torch.equal(codes, model.sample_codes(chunk[2], 6)[torch.arange(5), second])
@@ -191,11 +202,11 @@ def test_low_precision_hardly_changes_the_quality_of_the_choice(model):
 @torch.no_grad()
 def test_validation_equals_a_brute_force_over_codes(model, chunk):
     losses = brute_force(model, *chunk, 6)
-    rows = TrainIMLE.evaluate(model, *chunk, codes_per_image=6, codes_per_pass=4, mask_ratio=0.75)
+    rows = Validation.evaluate(model, *chunk, codes_per_image=6, codes_per_pass=4, mask_ratio=0.75)
     prefix = model.prefix(*chunk[:2])
     pred = model.suffix(prefix, model.sample_codes(chunk[2], 6))
     spread = pred.std(1, correction=0).mean((1, 2))
-    plain = TrainIMLE.image_losses(model, model.suffix(prefix, None), chunk[0], prefix.mask)
+    plain = Samplers.image_losses(model, model.suffix(prefix, None), chunk[0], prefix.mask)
     expected = torch.stack([losses.mean(1), losses.min(1).values, plain, spread], dim=1)
     torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-4)
 
@@ -240,8 +251,11 @@ def test_a_step_follows_the_gradient_of_the_mean_loss_in_any_number_of_parts(par
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(expected, trained)
     rates = {"mae": 0.0, "z": 0.0}
-    loss = TrainIMLE.train_step(model, batch, rates, **step_options(model, parts=parts))
+    loss, norm = TrainIMLE.train_step(model, batch, rates, **step_options(model, parts=parts))
     assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert norm == pytest.approx(
+        torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-4
+    )
     for parameter, gradient in zip(trained, gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
 
@@ -309,49 +323,6 @@ def test_a_run_leaves_what_the_readme_says(tiny_run):
     assert IO.load_model(tiny_run / "checkpoints/step_00000008.pt").code_dim == 8
 
 
-def final_path(folder):
-    return sorted(folder.glob("checkpoints/step_*.pt"))[-1]
-
-
-def final_state(folder):
-    return torch.load(final_path(folder), weights_only=True)
-
-
-def stopped(flags, line, number):
-    """Starts a run and sends it a signal when it says a line that starts so; the ended process."""
-    process = subprocess.Popen(
-        [sys.executable, "TrainIMLE.py", *map(str, flags)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    for said in process.stdout:
-        if said.startswith(line):
-            process.send_signal(number)
-            break
-    process.stdout.read()
-    process.wait(timeout=60)
-    return process
-
-
-def assert_same_run(folder, other, tolerance=0.0):
-    """Metrics, weights and, with no tolerance, pictures of two finished runs are the same. Weights
-    get a hundredfold tolerance: Adam turns rounding errors of zero gradients into small steps."""
-    a, b = final_state(folder), final_state(other)
-    for name, weights in a["model"].items():
-        torch.testing.assert_close(weights, b["model"][name], atol=100 * tolerance, rtol=0)
-    for left, right in zip(metrics(folder), metrics(other), strict=True):
-        assert left.keys() == right.keys()
-        for key, value in left.items():
-            assert value == right[key] or value == pytest.approx(right[key], abs=tolerance), key
-    if not tolerance:
-        pictures = sorted(p.name for p in (folder / "images").iterdir())
-        assert pictures == sorted(p.name for p in (other / "images").iterdir())
-        for name in pictures:
-            assert (folder / "images" / name).read_bytes() == (other / "images" / name).read_bytes()
-
-
 def test_evaluating_and_probing_more_often_changes_nothing(tiny_run, tmp_path):
     options = ["--steps_per_eval", 1, "--num_workers", 2, "--get_mae_baseline", 0]
     command(*TINY, *options, "--uid", "often", "--save_folder", tmp_path)
@@ -362,40 +333,6 @@ def test_evaluating_and_probing_more_often_changes_nothing(tiny_run, tmp_path):
     keep = ("pretrain/loss_te", "fast_linear_probe/acc_te", "pretrain/code_spread")
     last = [{k: records[-2][k] for k in keep} for records in (a, b)]
     assert last[0] == last[1]
-
-
-@pytest.mark.parametrize(
-    "line, number, extra",
-    [
-        ("step 0:", signal.SIGTERM, []),  # before the first pool was sampled
-        ("step 2:", signal.SIGINT, []),  # inside an epoch
-        pytest.param("step 4:", signal.SIGTERM, [], marks=pytest.mark.slow),  # at its end
-        ("epoch 1/2:", signal.SIGKILL, ["--save_minutes", "0"]),
-        pytest.param("step 6:", signal.SIGKILL, ["--save_minutes", "0"], marks=pytest.mark.slow),
-    ],
-)
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(tiny_run, tmp_path, line, number, extra):
-    flags = [*TINY, *extra, "--steps_per_eval", "2", "--uid", "tiny", "--save_folder", tmp_path]
-    status = stopped(flags, line, number).returncode
-    assert status == {signal.SIGTERM: 0, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
-    assert 0 < final_state(run_folder(tmp_path))["progress"]["step"] < 8
-    assert "going on after step" in command(*flags).stdout
-    assert_same_run(tiny_run, run_folder(tmp_path))
-
-
-def test_the_one_before_is_used_where_the_newest_checkpoint_is_damaged(tiny_run, tmp_path):
-    shutil.copytree(tiny_run.parent.parent, tmp_path, dirs_exist_ok=True)
-    newest = run_folder(tmp_path) / "checkpoints/step_00000008.pt"
-    content = torch.load(newest, weights_only=True)
-    assert [p.name for p in newest.parent.iterdir()] == [newest.name]
-    flags = [*TINY, "--steps_per_eval", "2", "--uid", "tiny", "--save_folder", tmp_path]
-    content["progress"]["step"] = 7
-    IO.save_checkpoint(newest.with_name("step_00000007.pt"), content)
-    newest.write_bytes(newest.read_bytes()[:-1000])
-    path, found = IO.newest_checkpoint(run_folder(tmp_path))
-    assert path.name == "step_00000007.pt" and found["progress"]["step"] == 7
-    done = command(*flags, "--lr", "0.5", check=False)
-    assert done.returncode == 2 and "--lr was 0.001, is 0.5" in done.stderr
 
 
 def test_resume_needs_no_other_flag(tiny_run, tmp_path):
@@ -409,6 +346,37 @@ def test_resume_needs_no_other_flag(tiny_run, tmp_path):
 def test_two_processes_train_the_same_run_as_one(tiny_run, tmp_path):
     flags = [*TINY, "--steps_per_eval", 2, "--uid", "tiny", "--save_folder", tmp_path]
     command(*flags, "--processes", 2)
+    assert_same_run(tiny_run, run_folder(tmp_path), tolerance=1e-5)
+
+
+@pytest.mark.slow
+def test_three_processes_choose_the_same_codes_and_train_the_same_run_as_one(tmp_path):
+    flags = [*TINY, "--ipe", 10, "--steps_per_eval", 10, "--uid", "x", "--save_minutes", 0]
+    for processes in (1, 3):
+        command(*flags, "--processes", processes, "--save_folder", tmp_path / str(processes))
+    alone, together = (run_folder(tmp_path / str(processes)) for processes in (1, 3))
+    assert_same_run(alone, together, tolerance=1e-5)
+    before = [folder / "checkpoints/step_00000019.pt" for folder in (alone, together)]
+    a, b = (torch.load(path, weights_only=True)["progress"]["codes"] for path in before)
+    assert torch.equal(a, b), "the codes that were chosen"
+
+
+@pytest.mark.slow
+def test_two_nodes_started_by_torchrun_train_the_same_run_as_one_process(tiny_run, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = ["TrainIMLE.py", *TINY, "--steps_per_eval", 2, "--uid", "tiny"]
+    nodes = "--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_id x --rdzv_endpoint"
+    torchrun = [sys.executable, *f"-m torch.distributed.run {nodes} localhost:{port}".split()]
+    start = partial(subprocess.Popen, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    processes = [
+        start([*torchrun, *map(str, flags), "--save_folder", str(tmp_path)], text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert sum(text.count("step 8:") for text in said) == 1, "one process speaks"
     assert_same_run(tiny_run, run_folder(tmp_path), tolerance=1e-5)
 
 
@@ -481,24 +449,6 @@ def test_mixed_precision_augmentation_and_every_option_at_once(tmp_path):
     assert [r["pretrain/lr_z"] for r in epochs] == [1e-3, 1e-3]
 
 
-def test_wandb_that_is_missing_or_raises_costs_one_warning(tmp_path):
-    broken = tmp_path / "path" / "wandb"
-    broken.mkdir(parents=True)
-    source = "class Settings:\n    def __init__(self, **_): pass\ndef Image(_): pass\n"
-    source += "class Run:\n    def log(self, *_, **__): raise OSError('disk on fire')\n"
-    source += "def init(**_): return Run()\n"
-    for content, reason in (
-        ("raise ImportError('not here')", "not here"),
-        (source, "disk on fire"),
-    ):
-        (broken / "__init__.py").write_text(content)
-        save_folder = tmp_path / reason.replace(" ", "_")
-        flags = [*TINY, "--wandb", "online", "--epochs", 1, "--save_folder", save_folder]
-        done = command(*flags, PYTHONPATH=str(broken.parent))
-        assert done.stdout.count("warning: Weights & Biases") == 1 and reason in done.stdout
-        assert metrics(run_folder(save_folder))
-
-
 def test_native_precision_of_a_cpu_is_bfloat16_or_nothing():
     assert fastest_dtype(torch.device("cpu")) in (torch.bfloat16, torch.float32)
 
@@ -526,13 +476,14 @@ def test_on_a_gpu_nothing_is_mixed_with_the_cpu():
             model = Models.build(dataclasses.replace(Models.PRESETS["vit_demo"], **sizes))
             chunk = torch.zeros(3, 3, 28, 28), torch.rand(3, 49), torch.zeros(3, dtype=torch.int64)
         options = {"codes_per_image": 5, "codes_per_pass": 3}
+        pixels = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
         results = [
             *TrainIMLE.choose_codes(model, *chunk, **options),
             *TrainIMLE.choose_codes(model, *chunk, **options, tries=4, rs_epsilon=0.1),
-            TrainIMLE.evaluate(model, *chunk, **options, mask_ratio=0.75),
+            Validation.evaluate(model, *chunk, **options, mask_ratio=0.75),
             Models.completions(model, *chunk[:2], model.sample_codes(chunk[2], 4), 0.75),
             model.encode(chunk[0], model.sample_codes(chunk[2], 1)[:, 0]),
-            *TrainIMLE.prepare(model, torch.zeros(2, 3, 28, 28, dtype=torch.uint8), chunk[2].cpu()),
+            *Validation.prepare(model, pixels, chunk[2].cpu()),
         ]
         assert {result.device.type for result in results} == {"cuda"}
 
@@ -546,15 +497,6 @@ def test_bad_input_found_late_ends_in_one_line_from_any_number_of_processes(tmp_
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "--mae_weights: " in done.stderr
     assert not (tmp_path / "models").exists(), "refused before anything was written"
-
-
-def test_several_processes_stop_when_asked_and_go_on(tiny_run, tmp_path):
-    flags = [*TINY, "--processes", 2, "--steps_per_eval", 2, "--uid", "tiny"]
-    flags += ["--save_folder", tmp_path]
-    assert stopped(flags, "step 2:", signal.SIGTERM).returncode == 0
-    assert 2 < final_state(run_folder(tmp_path))["progress"]["step"] < 8
-    command(*flags)
-    assert_same_run(tiny_run, run_folder(tmp_path), tolerance=1e-5)
 
 
 def test_metrics_that_are_shorter_than_the_checkpoint_knows_stay_readable(tiny_run, tmp_path):
@@ -574,29 +516,6 @@ def test_a_run_is_found_by_its_whole_uid_alone(tiny_run, tmp_path):
     assert "new: " in done.stdout
     (other,) = (tmp_path / "models").glob("*-x-1")
     assert (other / "metrics.jsonl").read_bytes() == before
-
-
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(tiny_run, tmp_path):
-    shutil.copytree(tiny_run.parent.parent, tmp_path, dirs_exist_ok=True)
-    final_path(run_folder(tmp_path)).write_bytes(b"damaged")
-    flags = [*TINY, "--steps_per_eval", 2, "--uid", "tiny", "--save_folder", tmp_path]
-    done = command(*flags, check=False)
-    assert done.returncode == 2 and "none of its 1 checkpoints can be read" in done.stderr
-    assert metrics(run_folder(tmp_path)) == metrics(tiny_run)
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_can_t_be_written_is_refused(tmp_path):
-    tmp_path.chmod(0o500)
-    done = command(*TINY, "--save_folder", tmp_path, check=False)
-    assert done.returncode == 2 and "--save_folder" in done.stderr
-
-
-def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
-    (tmp_path / "models").write_text("in the way")
-    done = command(*TINY, "--save_folder", tmp_path, check=False)
-    assert done.returncode == 2 and "--save_folder" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_run_goes_on_although_a_flag_is_newer_than_it(tiny_run, tmp_path):
@@ -623,8 +542,18 @@ def test_a_slim_checkpoint_is_the_same_model_in_half_precision(tiny_run, tmp_pat
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
-def test_runs_are_listed_with_what_they_reached(tiny_run):
+def test_runs_are_listed_with_what_they_reached_and_drawn_together(tiny_run, tmp_path):
     program = (sys.executable, "scripts/runs.py")
-    heading, row = command(tiny_run.parent, program=program).stdout.splitlines()
-    assert heading.split()[0] == "steps" and row.split()[0] == "8" and tiny_run.name in row
-    assert command("scripts", program=program, check=False).returncode == 2
+    shutil.copytree(tiny_run, tmp_path / "runs/other")
+    lines = (tiny_run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    cut = "".join([*lines[:4], lines[4][:20]])  # in the second epoch, while a line is written
+    (tmp_path / "runs/other/metrics.jsonl").write_text(cut)
+    picture = tmp_path / "together.png"
+    done = command(tiny_run.parent, tmp_path / "runs", "--plot", picture, program=program)
+    heading, first, second, _ = done.stdout.splitlines()
+    assert heading.split()[:2] == ["state", "steps"]
+    assert first.split()[:2] == ["done", "8"] and tiny_run.name in first
+    assert second.split()[0] == "stopped" and second.split()[-1] == "other"
+    assert Image.open(picture).size[0] > 500
+    done = command("scripts", program=program, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

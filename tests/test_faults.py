@@ -1,0 +1,745 @@
+"""What may go wrong with a run, injected into the real command, and what becomes of it. Names are
+test_FAULT__OUTCOME; scripts/fault_table.py makes docs/faults.md of them."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    TINY,
+    assert_same_run,
+    command,
+    final_path,
+    final_state,
+    metrics,
+    run_folder,
+)
+
+import Checkpoints
+import IO
+import Models
+import TrainIMLE
+import Utils
+import Weights
+from Utils import RunError
+
+RUN = [*TINY, "--steps_per_eval", 2, "--uid", "tiny"]  # the run of the fixture tiny_run
+LINUX = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+ENDED = {signal.SIGTERM: 0, signal.SIGUSR2: 0, signal.SIGINT: 130, signal.SIGKILL: -9}
+
+
+def start(flags, save_folder, program=("TrainIMLE.py",), **options):
+    """Starts a run; the process, whose lines can be read."""
+    return subprocess.Popen(
+        [sys.executable, *program, *map(str, flags), "--save_folder", str(save_folder)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def wait_for(process, line):
+    """Reads what a process says until a line starts so."""
+    for said in process.stdout:
+        if said.startswith(line):
+            return said
+    raise AssertionError(f"{line} was not said: {process.stderr.read()}")
+
+
+def end(process, seconds=60):
+    """Waits for a process to end: (exit status, what it said, its errors)."""
+    said, errors = process.communicate(timeout=seconds)
+    return process.returncode, said, errors
+
+
+def stopped_run(save_folder, line, number, *flags):
+    """The exit status of a run that gets a signal when it says a line that starts so."""
+    process = start([*RUN, *flags], save_folder)
+    wait_for(process, line)
+    process.send_signal(number)
+    return end(process)[0]
+
+
+def goes_on(save_folder, *flags):
+    """Starts RUN again where it stood, to its end; its folder."""
+    done = command(*RUN, *flags, "--save_folder", save_folder)
+    assert "going on after step" in done.stdout
+    return run_folder(save_folder)
+
+
+def faulty(fault, *flags, check=False, **environment):
+    """The real command, after the Python code `fault` has changed its modules."""
+    code = f"import sys, os, signal, time, torch, IO, Models, TrainIMLE, Utils\n{fault}\n"
+    program = (sys.executable, "-c", code + "TrainIMLE.main(sys.argv[1:])")
+    return command(*flags, program=program, check=check, **environment)
+
+
+NTH_CALL = """
+def nth_call(module, name, n, action):
+    whole, calls = getattr(module, name), []
+    def counted(*args, **options):
+        calls.append(0)
+        if len(calls) == n:
+            action()
+        return whole(*args, **options)
+    setattr(module, name, counted)
+"""  # does something when a function is called for the n-th time
+
+
+@pytest.fixture
+def copied(tiny_run, tmp_path):
+    """The finished tiny run in a folder of its own, for --save_folder."""
+    shutil.copytree(tiny_run.parent.parent, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+# -------------------------------------------------------------------------------------------------
+# Signals.
+
+
+@pytest.mark.parametrize(
+    "line, number",
+    [
+        pytest.param("step 0:", signal.SIGTERM, marks=pytest.mark.slow),
+        ("step 2:", signal.SIGINT),  # inside an epoch
+        pytest.param("step 4:", signal.SIGUSR2, marks=pytest.mark.slow),  # at its end
+    ],
+)
+def test_a_stop_signal__saves_and_exits_0_or_130_for_SIGINT_and_goes_on_to_the_bit(
+    tiny_run, tmp_path, line, number
+):
+    assert stopped_run(tmp_path, line, number) == ENDED[number]
+    assert final_state(run_folder(tmp_path))["progress"]["step"] < 8
+    assert_same_run(tiny_run, goes_on(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "place, step",
+    [
+        ("TrainIMLE, 'choose_chunk_codes', 4", 4),  # of three chunks an epoch
+        pytest.param("Validation, 'evaluate', 10", 4, marks=pytest.mark.slow),  # six a validation
+        pytest.param("LinearProbe, 'nearest_neighbors', 4", 4, marks=pytest.mark.slow),
+        pytest.param("IO, 'draw_curves', 2", 3, marks=pytest.mark.slow),
+        pytest.param("IO, 'save_checkpoint', 3", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_a_stop_inside_sampling_validation_or_a_save__goes_on_to_the_bit(
+    tiny_run, tmp_path, place, step
+):
+    fault = f"{NTH_CALL}\nimport LinearProbe, Validation\n"
+    fault += f"nth_call({place}, lambda: os.kill(os.getpid(), signal.SIGTERM))"
+    flags = [*RUN, "--save_minutes", 0, "--save_folder", tmp_path]
+    done = faulty(fault, *flags)
+    assert done.returncode == 0 and "stopped after step" in done.stdout, done.stderr
+    assert final_state(run_folder(tmp_path))["progress"]["step"] == step
+    assert_same_run(tiny_run, goes_on(tmp_path))
+
+
+def test_a_second_SIGTERM__ends_a_run_that_hangs_at_once(tmp_path):
+    fault = "IO.save_checkpoint = lambda *_: time.sleep(100)\n"
+    code = f"import IO, TrainIMLE, time, sys\n{fault}TrainIMLE.main(sys.argv[1:])"
+    process = start(RUN, tmp_path, ("-c", code))
+    wait_for(process, "step 0:")
+    process.send_signal(signal.SIGTERM)
+    wait_for(process, "asked to stop")
+    time.sleep(1.5)
+    process.send_signal(signal.SIGTERM)
+    status, _, errors = end(process, 10)
+    assert status == 128 + signal.SIGTERM and "ended without saving" in errors
+
+
+def test_a_run_that_is_too_slow_to_stop__is_ended_after_a_deadline(tmp_path):
+    fault = "Utils.StopSignal.__init__.__defaults__ = (1.0,)\n"
+    fault += "IO.save_checkpoint = lambda *_: (os.kill(os.getpid(), 15), time.sleep(100))"
+    done = faulty(fault, *RUN, "--save_minutes", 0, "--save_folder", tmp_path)
+    assert done.returncode == 1 and "too slow to stop" in done.stderr
+
+
+def rank_processes(parent):
+    """The pids of the processes that a launching one has started, by their ranks."""
+    pids = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    ranks = [
+        (int(variable.split(b"=")[1]), int(pid))
+        for pid in pids
+        for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if variable.startswith(b"RANK=")
+    ]
+    return [pid for _, pid in sorted(ranks)]
+
+
+@LINUX
+@pytest.mark.slow
+def test_SIGTERM_to_one_process_of_two__all_save_the_same_step_and_go_on(tiny_run, tmp_path):
+    process = start([*RUN, "--processes", 2], tmp_path)
+    wait_for(process, "step 2:")
+    os.kill(rank_processes(process.pid)[1], signal.SIGTERM)
+    status, said, errors = end(process)
+    assert status == 0 and "stopped after step" in said and not errors
+    assert_same_run(tiny_run, goes_on(tmp_path, "--processes", 2), tolerance=1e-5)
+
+
+def test_SIGTERM_to_the_command_of_two_processes__all_save_and_go_on(tiny_run, tmp_path):
+    assert stopped_run(tmp_path, "step 2:", signal.SIGTERM, "--processes", 2) == 0
+    assert 2 <= final_state(run_folder(tmp_path))["progress"]["step"] < 8
+    assert_same_run(tiny_run, goes_on(tmp_path, "--processes", 2), tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    "processes, number",
+    [
+        (1, signal.SIGINT),
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_Ctrl_C_or_SIGTERM_to_all_processes_and_loader_workers__saves_without_a_traceback(
+    tmp_path, processes, number
+):
+    flags = [*RUN, "--num_workers", 2, "--processes", processes]
+    process = start(flags, tmp_path, start_new_session=True)
+    wait_for(process, "step 2:")
+    os.killpg(process.pid, number)
+    status, said, errors = end(process)
+    assert status == ENDED[number] and "stopped after step" in said and not errors
+    assert final_state(run_folder(tmp_path))["progress"]["step"] < 8
+
+
+@pytest.mark.slow
+def test_five_requeues_in_a_row__the_steps_go_on_and_the_end_is_the_same(tiny_run, tmp_path):
+    for line in ("step 0:", "step 2:", "epoch 1/2:", "step 6:", "step 8:"):
+        assert stopped_run(tmp_path, line, signal.SIGUSR2, "--save_minutes", 0) == 0
+    steps = [record["pretrain/step"] for record in metrics(run_folder(tmp_path))]
+    assert steps == sorted(steps)
+    assert_same_run(tiny_run, goes_on(tmp_path))
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_of_a_run__it_goes_on_to_the_bit(tiny_run, tmp_path):
+    moments = random.Random(0)
+    for _ in range(12):
+        process = start([*RUN, "--save_minutes", 0, "--num_workers", 2], tmp_path)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(moments.uniform(3, 9))
+        process.kill()
+        end(process)
+    command(*RUN, "--save_folder", tmp_path)
+    assert_same_run(tiny_run, run_folder(tmp_path))
+
+
+@LINUX
+@pytest.mark.slow
+def test_kill_9_of_the_command_of_two_processes__the_others_end_and_it_goes_on(tiny_run, tmp_path):
+    process = start([*RUN, "--processes", 2, "--save_minutes", 0], tmp_path)
+    wait_for(process, "step 2:")
+    ranks = rank_processes(process.pid)
+    process.kill()
+    process.wait()
+    folder = goes_on(tmp_path, "--processes", 2)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert_same_run(tiny_run, folder, tolerance=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------
+# Saving and loading.
+
+
+class DyingFile:
+    """A file that lets the process be killed when so many bytes were written, at `fsync`, or when
+    it is closed."""
+
+    def __init__(self, path, mode, at):
+        self.file, self.at, self.written = open(path, mode), at, 0  # noqa: SIM115
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+        if self.at == "closed":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def __getattr__(self, name):
+        if name == "fileno" and self.at == "fsync":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return getattr(self.file, name)
+
+    def write(self, content):
+        content = bytes(content)
+        if not isinstance(self.at, str) and self.written + len(content) >= self.at:
+            self.file.write(content[: self.at - self.written])
+            self.file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.written += len(content)
+        return self.file.write(content)
+
+
+def save_and_die(folder, state, at, monkeypatch):
+    """Saves in a process of its own, which dies there; `at`: see DyingFile, or "renamed"."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            if at == "renamed":
+                replace = os.replace
+                dying = lambda *paths: (replace(*paths), os.kill(os.getpid(), signal.SIGKILL))  # noqa: E731
+                monkeypatch.setattr(os, "replace", dying)
+            else:
+                dying = lambda path, mode: DyingFile(path, mode, at)  # noqa: E731
+                monkeypatch.setattr(Utils, "open", dying, raising=False)
+            IO.save_checkpoint(
+                folder / f"checkpoints/step_{state['progress']['step']:08d}.pt", state
+            )
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+
+def test_kill_9_at_20_points_of_a_save__the_newest_whole_checkpoint_loads_and_the_run_goes_on(
+    copied, monkeypatch
+):
+    folder = run_folder(copied)
+    path, state = final_path(folder), final_state(folder)
+    size = path.stat().st_size
+    state["progress"]["step"] = 9  # what is being saved
+    points = [*(round(size * i / 16) for i in range(1, 17)), 1, "fsync", "closed", "renamed"]
+    for at in points:
+        save_and_die(folder, state, at, monkeypatch)
+        _, found = Checkpoints.newest_checkpoint(folder)
+        assert found["progress"]["step"] == (9 if at == "renamed" else 8), at
+    final_path(folder).unlink()
+    assert len(list(folder.glob("checkpoints/.*.tmp"))) == len(points) - 1
+    goes_on(copied, "--epochs", 3)
+    assert not list(folder.glob("checkpoints/.*.tmp"))
+    assert final_state(folder)["progress"]["step"] == 12
+
+
+@contextlib.contextmanager
+def small_disk(folder, size, *options):
+    """A file system of `size` MB at `folder`; skips where none can be mounted."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}m", *options]), "tmpfs", folder]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no small file system can be mounted here ({error})")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def remount(folder, *options):
+    subprocess.run(["mount", "-o", ",".join(["remount", *options]), folder], check=True)
+
+
+def test_a_disk_that_is_full_for_a_while__is_told_of_and_the_next_save_is_tried(tiny_run, tmp_path):
+    size = final_path(tiny_run).stat().st_size / 2**20
+    with small_disk(tmp_path / "disk", round(2.5 * size)):  # two checkpoints, but not a third one
+        process = start([*RUN, "--save_minutes", 0], tmp_path / "disk")
+        assert "No space left" in wait_for(process, "warning: no checkpoint could be saved")
+        remount(tmp_path / "disk", "size=1g")
+        status, said, errors = end(process)
+        assert status == 0, said + errors
+        assert_same_run(tiny_run, run_folder(tmp_path / "disk"))
+
+
+def test_a_disk_that_stays_full__ends_the_run_non_zero_and_it_goes_on_from_the_save_before(
+    tiny_run, tmp_path
+):
+    size = final_path(tiny_run).stat().st_size / 2**20
+    disk = tmp_path / "disk"
+    with small_disk(disk, round(2.5 * size)):
+        done = command(*RUN, "--save_minutes", 0, "--save_folder", disk, check=False)
+        assert done.returncode == 1 and done.stderr.startswith("error: the last checkpoint could")
+        assert len(done.stderr.splitlines()) == 1 and "No space left" in done.stderr
+        assert final_state(run_folder(disk))["progress"]["step"] == 2
+        remount(disk, "size=1g")
+        assert_same_run(tiny_run, goes_on(disk))
+
+
+def test_a_disk_without_room_for_metrics__they_wait_and_none_is_lost(tiny_run, tmp_path):
+    fault = """
+import builtins, errno
+writing, since = Utils.os.fsync, time.monotonic()
+class Full:
+    def __init__(self, file): self.file, self.calls = file, 0
+    def __getattr__(self, name): return getattr(self.file, name)
+    def write(self, content):
+        self.calls += 1
+        if self.calls in (2, 3):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(content[:100])  # and some of it only
+def opened(path, *args, **options):
+    file = open(path, *args, **options)
+    return Full(file) if str(path).endswith("metrics.jsonl") else file
+IO.open = opened
+"""
+    done = faulty(fault, *RUN, "--save_folder", tmp_path, check=True)
+    assert done.stdout.count("metrics and pictures wait in memory") == 2
+    assert_same_run(tiny_run, run_folder(tmp_path))
+
+
+def test_a_run_folder_that_is_read_only__is_refused_before_the_model_is_built(copied, tmp_path):
+    disk = tmp_path / "disk"
+    with small_disk(disk, 200):
+        shutil.copytree(copied, disk, dirs_exist_ok=True)
+        remount(disk, "ro")
+        for flags in (["--epochs", 3], ["--uid", "other"]):
+            fault = "TrainIMLE.make_model = None"
+            done = faulty(fault, *RUN, *flags, "--save_folder", disk)
+            assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+            assert "--save_folder: cannot write to" in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_save_folder_that_may_not_be_written__is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    done = command(*TINY, "--save_folder", tmp_path, check=False)
+    assert done.returncode == 2 and "--save_folder" in done.stderr
+
+
+def test_a_file_in_the_place_of_the_run_folder__is_refused_in_one_line(tmp_path):
+    (tmp_path / "models").write_text("in the way")
+    done = command(*TINY, "--save_folder", tmp_path, check=False)
+    assert done.returncode == 2 and "--save_folder" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+class Hostile:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, canary):
+        self.canary = str(canary)
+
+    def __reduce__(self):
+        return open, (self.canary, "w")
+
+
+def cut(path, _):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip(path, _):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path, _):
+    path.write_bytes(b"")
+
+
+def hostile(path, canary):
+    torch.save({**torch.load(path, weights_only=True), "args": Hostile(canary)}, path)
+
+
+def foreign(path, _):
+    torch.save({"model": {}, "epoch": 3}, path)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty, hostile, foreign])
+def test_a_newest_checkpoint_cut_flipped_empty_hostile_or_foreign__the_one_before_is_used_loudly(
+    copied, tmp_path, damage, capsys
+):
+    newest = final_path(run_folder(copied))
+    before = newest.with_name("step_00000007.pt")
+    content = torch.load(newest, weights_only=True)
+    content["progress"]["step"] = 7
+    IO.save_checkpoint(before, content)
+    damage(newest, tmp_path / "canary")
+    assert Checkpoints.newest_checkpoint(run_folder(copied))[0] == before
+    said = capsys.readouterr().out
+    assert str(newest) in said and "using the one before" in said
+    assert not (tmp_path / "canary").exists()
+
+
+def test_any_bit_flipped_in_a_checkpoint__is_noticed_or_changes_nothing(tmp_path):
+    path, places = tmp_path / "x.pt", random.Random(0)
+    state = {"weights": torch.randn(40, 40), "step": 3}
+    IO.save_checkpoint(path, state)
+    whole, noticed = path.read_bytes(), 0
+    for _ in range(400):
+        content = bytearray(whole)
+        content[places.randrange(len(content))] ^= 1 << places.randrange(8)
+        path.write_bytes(content)
+        try:
+            found = Weights.read_checkpoint(path)
+        except Utils.InputError:
+            noticed += 1
+        else:
+            assert found.keys() == state.keys() and found["step"] == 3
+            assert torch.equal(found["weights"], state["weights"])
+    assert noticed > 300
+
+
+def test_all_checkpoints_damaged__refused_rather_than_started_over(copied, tiny_run):
+    final_path(run_folder(copied)).write_bytes(b"damaged")
+    done = command(*RUN, "--save_folder", copied, check=False)
+    assert done.returncode == 2 and "none of its 1 checkpoints can be read" in done.stderr
+    assert metrics(run_folder(copied)) == metrics(tiny_run)
+
+
+def test_a_run_that_was_stopped_with_one_process__goes_on_with_two_and_the_same_batches(
+    tiny_run, tmp_path
+):
+    assert stopped_run(tmp_path, "step 2:", signal.SIGTERM) == 0
+    assert_same_run(tiny_run, goes_on(tmp_path, "--processes", 2), tolerance=1e-5)
+
+
+def test_another_architecture__is_refused_with_the_difference_even_by_force(copied):
+    for force in ([], ["--force_resume", 1]):
+        flags = [*RUN, "--latent_dim", 9, "--save_folder", copied, *force]
+        done = command(*flags, check=False)
+        assert done.returncode == 2 and "--latent_dim was 8, is 9" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_other_training_flags__are_shown_and_need_force_resume(copied):
+    folder = run_folder(copied)
+    changed = ["--wd", 0.5, "--ipe", 5, "--ex_per_epoch", 30, "--epochs", 3, "--num_workers", 1]
+    flags = [*RUN, *changed, "--save_folder", copied]
+    done = command(*flags, check=False)
+    shown = "--ex_per_epoch was 40, is 30, --ipe was 4, is 5, --wd was 0.01, is 0.5"
+    assert done.returncode == 2 and shown in done.stderr and "--force_resume 1" in done.stderr
+    assert "num_workers" not in done.stderr
+    done = command(*flags, "--force_resume", 1)
+    assert f"warning: going on with other flags: {shown}" in done.stdout
+    assert final_state(folder)["progress"]["step"] == 8 + 5
+    groups = final_state(folder)["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0, 0.5}
+    assert json.loads((folder / "config.json").read_text())["flags"]["wd"] == 0.5
+
+
+# -------------------------------------------------------------------------------------------------
+# Numbers, memory, workers.
+
+
+def test_a_loss_that_is_no_number__no_update_the_images_named_and_it_goes_on_from_the_save_before(
+    tiny_run, tmp_path
+):
+    fault = f"{NTH_CALL}\n"
+    fault += "import Samplers\ndef broken(): Samplers.reconstruction_loss = nan\n"
+    fault += "def nan(pred, *_): return pred.mean((-1, -2)) * float('nan')\n"
+    fault += "nth_call(TrainIMLE, 'train_step', 4, broken)"
+    done = faulty(fault, *RUN, "--save_minutes", 0, "--save_folder", tmp_path)
+    assert done.returncode == 1
+    first, *images = done.stderr.splitlines()
+    assert first.startswith("error: after 3 gradient steps the training loss is nan; no update")
+    assert len(images) == 12 and all(".png" in name for name in images)
+    assert final_state(run_folder(tmp_path))["progress"]["step"] == 3
+    assert_same_run(tiny_run, goes_on(tmp_path))
+
+
+def stepping(model, **options):
+    """The keywords of train_step."""
+    return {
+        "optimizer": torch.optim.AdamW(Models.parameter_groups(model, 0.1)),
+        "scaler": torch.amp.GradScaler("cpu", enabled=False),
+        "batch_size": 2,
+        "parts": 1,
+        "dtype": torch.float32,
+        "masking": {"mask_ratio": 0.75},
+        "clip_grad": 0.0,
+        **options,
+    }
+
+
+class TwoImages:
+    """A minibatch of two random images."""
+
+    step = 7
+
+    def split(self, _):
+        return [self]
+
+    def to(self, _):
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(2, 3, 28, 28, generator=generator)
+        return images, torch.rand(2, 49, generator=generator), torch.zeros(2, 1, 32)
+
+    def names(self):
+        return ["one.png", "two.png"]
+
+
+def broken_model(value):
+    """A model one of whose gradients is `value` throughout."""
+    model = IO.load_model(ROOT / "demo/imle_mnist.pt")
+    model.cls_token.register_hook(lambda gradient: torch.full_like(gradient, value))
+    return model, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("clip_grad", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gradients_that_are_not_finite__no_update_and_the_images_named(value, clip_grad):
+    model, before = broken_model(value)
+    rates, options = {"mae": 1e-3, "z": 1e-3}, stepping(model, clip_grad=clip_grad)
+    with pytest.raises(RunError, match="after 7 gradient steps the training gradient's norm is"):
+        TrainIMLE.train_step(model, TwoImages(), rates, **options)
+    with pytest.raises(RunError, match="two.png"):
+        TrainIMLE.train_step(model, TwoImages(), rates, **options)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_overflow_in_float16__such_steps_are_left_out_counted_and_bounded():
+    model, before = broken_model(float("inf"))
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    rates, options = {"mae": 1e-3, "z": 1e-3}, stepping(model, scaler=scaler)
+    progress, scale = TrainIMLE.Progress(), scaler.get_scale()
+    with pytest.raises(RunError, match="norm is"):
+        for _ in range(100):
+            progress.step_done(*TrainIMLE.train_step(model, TwoImages(), rates, **options))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert progress.summary()["pretrain/skipped_steps"] == progress.step == 20
+    assert scaler.get_scale() == TrainIMLE.LEAST_SCALE == scale / 2**20
+
+
+@pytest.mark.parametrize("error", ["torch.OutOfMemoryError", "MemoryError", "RuntimeError"])
+def test_memory_that_does_not_suffice__a_line_names_code_bs_sp_and_mini_bs(tmp_path, error):
+    text = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you"
+    fault = f'def full(*_): raise {error}("{text}")\nModels.ImplicitMAE.suffix = full'
+    done = faulty(fault, *RUN, "--steps_per_eval", 0, "--save_folder", tmp_path)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert all(f"--{name} " in done.stderr for name in ("code_bs", "sp", "mini_bs", "accum"))
+
+
+WORKER = """
+import Data
+whole = Data.SeededImages.__getitem__
+def broken(self, key):
+    if torch.utils.data.get_worker_info() and key[0] % 7 == 3:
+        {}
+    return whole(self, key)
+Data.SeededImages.__getitem__ = broken
+"""
+
+
+def test_a_loader_worker_that_is_killed__an_error_names_it(tmp_path):
+    fault = WORKER.format("os.kill(os.getpid(), signal.SIGKILL)")
+    done = faulty(fault, *RUN, "--num_workers", 2, "--save_folder", tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: DataLoader worker (pid")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("how", ["time.sleep(1000)", "os.kill(os.getpid(), signal.SIGSTOP)"])
+def test_a_loader_worker_that_hangs__an_error_names_its_images_and_nothing_waits(tmp_path, how):
+    flags = ["--num_workers", 2, "--loader_timeout", 2, "--save_folder", tmp_path]
+    begin = time.monotonic()
+    done = faulty(WORKER.format(how), *RUN, *flags)
+    assert time.monotonic() - begin < 60
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: --loader_timeout 2: ") and ".png" in done.stderr
+
+
+# -------------------------------------------------------------------------------------------------
+# Others.
+
+FAKE_WANDB = """
+class Settings:
+    def __init__(self, **_): pass
+def Image(_): pass
+class Run:
+    def log(self, *_, **__): raise OSError("disk on fire")
+def init(**_): {}
+"""
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("raise ImportError('not here')", "not here"),
+        (FAKE_WANDB.format("raise ValueError('no such project')"), "no such project"),
+        (FAKE_WANDB.format("return Run()"), "disk on fire"),
+    ],
+)
+def test_Weights_and_Biases_missing_or_raising_at_init_or_log__costs_one_warning(
+    tmp_path, content, reason
+):
+    (tmp_path / "path/wandb").mkdir(parents=True)
+    (tmp_path / "path/wandb/__init__.py").write_text(content)
+    flags = [*TINY, "--wandb", "online", "--epochs", 1, "--save_folder", tmp_path / "runs"]
+    done = command(*flags, PYTHONPATH=str(tmp_path / "path"))
+    assert done.stdout.count("warning: Weights & Biases") == 1 and reason in done.stdout
+    assert metrics(run_folder(tmp_path / "runs"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["", "0" * 40])
+def test_Weights_and_Biases_without_key_or_network__costs_one_warning(tmp_path, key):
+    flags = [*TINY, "--wandb", "online", "--epochs", 1, "--save_folder", tmp_path]
+    environment = {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    environment |= {"WANDB_API_KEY": key} if key else {}
+    done = command(*flags, **environment)
+    assert done.stdout.count("warning: Weights & Biases") == 1
+    assert metrics(run_folder(tmp_path))[-1]["pretrain/step"] == 4
+
+
+@pytest.mark.slow
+def test_one_process_of_two_raises__all_end_within_30_seconds_and_its_traceback_is_the_one(
+    tmp_path,
+):
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import os, sys
+if os.environ.get("RANK") == "1":
+    sys.path.insert(0, {str(ROOT)!r})
+    import TrainIMLE
+    {NTH_CALL.replace(chr(10), chr(10) + "    ")}
+    def fault():
+        raise ValueError("one of two")
+    nth_call(TrainIMLE, "train_step", 3, fault)
+""")
+    environment = {"PYTHONPATH": str(tmp_path)}
+    process = start([*RUN, "--processes", 2], tmp_path / "runs", env=environment)
+    wait_for(process, "step 2:")
+    begin = time.monotonic()
+    status, _, errors = end(process)
+    assert status == 1 and time.monotonic() - begin < 30
+    assert errors.startswith("error: in process 1\n") and errors.count("Traceback") == 1
+    assert errors.rstrip().endswith("ValueError: one of two")
+
+
+def test_the_same_uid_started_twice_at_once__the_second_refuses_and_the_first_goes_on(
+    tiny_run, tmp_path
+):
+    fault = f"{NTH_CALL}\nnth_call(TrainIMLE, 'train_step', 3, lambda: time.sleep(25))\n"
+    code = f"import sys, time, TrainIMLE\n{fault}TrainIMLE.main(sys.argv[1:])"
+    first = start(RUN, tmp_path, ("-c", code))
+    wait_for(first, "step 2:")
+    second = command(*RUN, "--save_folder", tmp_path, check=False)
+    assert second.returncode == 2 and len(second.stderr.splitlines()) == 1
+    assert f"is in use by process {first.pid}" in second.stderr
+    listed = command(tmp_path, program=(sys.executable, "scripts/runs.py")).stdout
+    assert listed.splitlines()[1].split()[0] == "running"
+    assert end(first)[0] == 0
+    assert_same_run(tiny_run, run_folder(tmp_path))
+
+
+@pytest.mark.parametrize("config", [None, "{}", '{"flags": {"uid": "another"}}'])
+def test_the_folder_of_another_run_in_the_way__is_refused_and_left_as_it_is(copied, config):
+    folder = run_folder(copied)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "config.json").unlink()
+    if config:
+        (folder / "config.json").write_text(config)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    done = command(*RUN, "--save_folder", copied, check=False)
+    assert done.returncode == 2 and "is in the way" in done.stderr
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_table_of_faults_is_made_of_these_names():
+    done = command(program=(sys.executable, "scripts/fault_table.py"))
+    assert (ROOT / "docs/faults.md").read_text() == done.stdout
