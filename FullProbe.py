@@ -255,14 +255,17 @@ def hold_out(labels, share, seed):
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 
 
-def choose(history):
-    """The number of the best head at the end of training: by accuracy, then loss, on the images
-    held out; the only one where there are none."""
-    last = history[-1]
-    if "held_out_top1" not in last:
+def choose(history, n_held_out):
+    """The number of the best head at the end of training, by the images held out: of those whose
+    accuracy is within a standard error of the highest, the one with the lowest loss, which varies
+    less; the only head where no images are held out."""
+    if not n_held_out:
         return 0
-    losses = [loss if math.isfinite(loss) else math.inf for loss in last["held_out_loss"]]
-    return min(range(len(losses)), key=lambda i: (-last["held_out_top1"][i], losses[i]))
+    accuracies, losses = (history[-1][f"held_out_{name}"] for name in ("top1", "loss"))
+    highest = max(accuracies)
+    least = highest - math.sqrt(highest * (1 - highest) / n_held_out)
+    able = [i for i, accuracy in enumerate(accuracies) if accuracy >= least]
+    return min(able, key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -417,7 +420,7 @@ def full_probe(flags, model, images_tr, images_val, device, stop):
 
     schedule = {"epochs": chosen.epochs, "warmup": chosen.warmup}
     train_heads(heads, batches, evaluate, keeper, progress, **schedule)
-    best = choose(progress.history)
+    best = choose(progress.history, len(chosen.held_out))
     knn = neighbours(chosen, chosen.specs[best].pool, batches, known, images_tr, test)
     result = {"model": flags.model, "probe": "full", "folder": str(folder)}
     result |= summary(chosen, progress.history, best, knn, len(images_tr), len(images_val))
