@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from Data import leave_interrupts, open_images  # noqa: E402 (the line above makes it importable)
+from Data import leave_signals, open_images  # noqa: E402 (the line above makes it importable)
 from Stores import SLACK, LmdbImages, TarImages, lmdb_head, lmdb_item  # noqa: E402
 from Utils import InputError, run_command, say  # noqa: E402
 
@@ -124,7 +124,7 @@ def encoded(images, size, num_workers):
         batch_size=BATCH,
         collate_fn=list,
         num_workers=num_workers,
-        worker_init_fn=leave_interrupts,
+        worker_init_fn=leave_signals,
     )
     with tqdm(total=len(images), desc="packing", unit=" images", disable=None) as bar:
         for batch in batches:

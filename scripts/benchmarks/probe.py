@@ -108,7 +108,7 @@ def full_rows(args, model, images, seeds):
 
 def fast_rows(args, device, n=1600, n_classes=32, dim=768, epochs=10):
     """The fast probe's head by its default flags, and by a loader of single features."""
-    centres = 0.06 * torch.randn(n_classes, dim)
+    centres = 0.12 * torch.randn(n_classes, dim)
     (x, y), test = (
         (centres[labels] + torch.randn(n, dim), labels)
         for labels in (torch.randint(0, n_classes, (n,)) for _ in range(2))
