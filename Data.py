@@ -203,7 +203,7 @@ class SeededImages(Dataset):
 
 def leave_signals(_):
     """In a worker: to stop is the main process's business, also where a signal goes to all of a
-    job's processes. The second SIGTERM ends it; a loader that is given up sends two."""
+    job's processes. A second SIGTERM ends it; DataLoader, where it must, sends two."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
@@ -234,6 +234,8 @@ class ImageLoader:
             persistent_workers=persistent and num_workers > 0,
             pin_memory=pin_memory,
             timeout=timeout if num_workers else 0,
+            # Not as the processes of a launch, whose every worker would import torch anew.
+            multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
             worker_init_fn=leave_signals,
             generator=torch.Generator(),  # of its own: else each pass draws from the global one
         )

@@ -450,7 +450,8 @@ def make_optimizer(model, flags, train_dtype, checkpoint):
     scaler = torch.amp.GradScaler(model.pos_embed.device.type, enabled=train_dtype == torch.float16)
     if checkpoint is not None:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty, where the run did without
+            scaler.load_state_dict(checkpoint["scaler"])
         for group, option in zip(optimizer.param_groups, options, strict=True):
             group.update(option)  # they may have been changed
     return optimizer, scaler

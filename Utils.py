@@ -2,6 +2,7 @@
 and processes."""
 
 import contextlib
+import faulthandler
 import logging
 import math
 import multiprocessing
@@ -14,6 +15,8 @@ import threading
 import time
 import traceback
 from enum import IntEnum
+from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import torch
@@ -226,6 +229,7 @@ class Stopped(Exception):
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # the last as SLURM is asked to
+STOPPING = b"asked to stop: saving where the run can go on from (ask again: at once)\n"
 
 
 class StopSignal:
@@ -233,7 +237,7 @@ class StopSignal:
     `deadline` seconds without an end, ends the process at once."""
 
     def __init__(self, deadline=300.0):
-        self.deadline, self.signal, self.timer = deadline, 0, None
+        self.deadline, self.signal = deadline, 0
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self.note) for number in STOP_SIGNALS}
@@ -242,28 +246,20 @@ class StopSignal:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.timer is not None:
-            self.timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
 
     def note(self, number, _):
         """The handler."""
         if not self.signal:
             self.signal, self.since = number, time.monotonic()
-            text = "asked to stop: saving where the run can go on from (ask again: at once)"
-            # A thread, as the main one may hang in what never returns.
-            self.timer = threading.Timer(self.deadline, self.end, ["too slow to stop", 1])
-            self.timer.daemon = True
-            self.timer.start()
-            if rank() == 0:
-                os.write(1, f"{text}\n".encode())  # which is safe in a handler
+            # Whatever hangs then: it says where, and ends the process.
+            faulthandler.dump_traceback_later(self.deadline, exit=True)
+            if rank() == 0 and multiprocessing.parent_process() is None:
+                os.write(1, STOPPING)  # which is safe in a handler
         elif number == self.signal and time.monotonic() - self.since > 1:
             # Within a second it is the same request, sent to a group and passed on by its parent.
-            self.end("asked to stop again", 128 + number)
-
-    def end(self, why, status):
-        """Ends the process at once."""
-        os.write(2, f"error: {why}: ended without saving\n".encode())
-        os._exit(status)
+            os.write(2, b"error: asked to stop again: ended without saving\n")
+            os._exit(128 + number)
 
     def asked(self):
         """Whether this process was asked to stop."""
@@ -301,6 +297,10 @@ def launch(function, devices, *args):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices))))
     for number in STOP_SIGNALS:
         signal.signal(number, pass_on)
+    # The processes inherit this, so that a stop waits until they can deal with it.
+    resource_tracker.ensure_running()  # later, it would let the signals in again
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=pass_all_on, daemon=True).start()
     for name in ("distributed.elastic", "multiprocessing"):  # the processes speak for themselves
         logging.getLogger(f"torch.{name}").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
@@ -313,9 +313,16 @@ def launch(function, devices, *args):
 
 def pass_on(number, _):
     """Passes a signal on to the processes that this one has started."""
+    os.write(1, STOPPING)
     for child in multiprocessing.active_children():
         with contextlib.suppress(ProcessLookupError):
             os.kill(child.pid, number)
+
+
+def pass_all_on():
+    """A thread that passes on the signals that are blocked."""
+    while True:
+        pass_on(signal.sigwait(STOP_SIGNALS), None)
 
 
 def run_child(function, parent, said, *args):
@@ -323,11 +330,17 @@ def run_child(function, parent, said, *args):
     tqdm.set_lock(threading.RLock())  # its own, of multiprocessing, would be leaked by the _exit
     threading.Thread(target=end_with, args=[parent], daemon=True).start()
     try:
-        run_command(lambda: function(*args), said)
+        run_command(partial(unblocked, function, *args), said)
     except SystemExit as ended:
         if ended.code:  # at once: torch's wrapper waits for its agent, which waits for it
             sys.stdout.flush()
             os._exit(ended.code)
+
+
+def unblocked(function, *args):
+    """function(*args), with the signals let in that `launch` has blocked."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    function(*args)
 
 
 def end_with(parent):
