@@ -1,15 +1,19 @@
 """What can be probed: encoders of every kind, and their features."""
 
+import dataclasses
+import sys
+
 import pytest
 import timm
 import torch
 import torchvision
-from conftest import ROOT
+from conftest import ROOT, command
 
 import Encoders
 import IO
 from Augmentation import MEAN, STD, normalize
-from Models import ModelConfig, build
+from Checkpoints import save_checkpoint
+from Models import PRESETS, ModelConfig, build
 from Utils import InputError, mix_seeds
 
 CHECKPOINT = str(ROOT / "demo/imle_mnist.pt")
@@ -135,3 +139,18 @@ def test_features_are_the_mean_over_codes(place):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     changes = not torch.allclose(found, features(model, images), atol=1e-4)
     assert changes == (place < 4)
+
+
+def test_timm_s_training_takes_an_exported_encoder_as_pretrained_weights(tmp_path):
+    """As its train.py does with --pretrained --pretrained-path, which the README names."""
+    model = build(dataclasses.replace(PRESETS["vit_tiny"], image_size=(32, 32))).eval()
+    content = {"model": model.state_dict(), "config": dataclasses.asdict(model.config)}
+    save_checkpoint(tmp_path / "model.pt", content)
+    exported = tmp_path / "encoder.safetensors"
+    command(tmp_path / "model.pt", exported, program=(sys.executable, "scripts/export_encoder.py"))
+    overlay = {"file": str(exported), "num_classes": -1}
+    options = {"pretrained": True, "pretrained_cfg_overlay": overlay, "num_classes": 3}
+    network = timm.create_model("vit_tiny_patch16_224", img_size=(32, 32), **options).eval()
+    images = normalize(random_images())
+    with torch.no_grad():
+        torch.testing.assert_close(network.forward_features(images), model.encode(images))

@@ -11,7 +11,7 @@ from Flags import whole
 from Heads import Head, Heads
 from LinearProbe import linear_probe
 from Models import PRESETS, in_precision
-from Utils import fastest_dtype
+from Utils import fastest_dtype, learning_rate
 
 from .sampling import random_model
 from .timing import Table, added_memory, describe, flops, interleaved, matmul, name_of
@@ -108,7 +108,7 @@ def full_rows(args, model, images, seeds):
 
 def fast_rows(args, device, n=1600, n_classes=32, dim=768, epochs=10):
     """The fast probe's head by its default flags, and by a loader of single features."""
-    centres = 0.12 * torch.randn(n_classes, dim)
+    centres = 0.16 * torch.randn(n_classes, dim)
     (x, y), test = (
         (centres[labels] + torch.randn(n, dim), labels)
         for labels in (torch.randint(0, n_classes, (n,)) for _ in range(2))
@@ -126,17 +126,19 @@ def fast_rows(args, device, n=1600, n_classes=32, dim=768, epochs=10):
         found["ours"] = linear_probe(*on_device, epochs=epochs)["top1"]
 
     def plain():
-        head = torch.nn.Linear(dim, n_classes, device=device)
-        optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, 1e-3, epochs=epochs, steps_per_epoch=len(loader), pct_start=0.1
-        )
+        head, step, steps = torch.nn.Linear(dim, n_classes, device=device), 0, epochs * len(loader)
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+        optimizer = torch.optim.AdamW(head.parameters(), weight_decay=0.01)
         for _ in range(epochs):
             for features, labels in loader:
+                optimizer.param_groups[0]["lr"] = learning_rate(
+                    step, base=1e-3, minimum=0, start=0, ramp=steps // 10, total=steps, cycles=1
+                )
                 optimizer.zero_grad()
                 F.cross_entropy(head(features.to(device)), labels.to(device)).backward()
                 optimizer.step()
-                scheduler.step()
+                step += 1
         inputs = ((test[0] - x.mean(0)) / x.std(0)).to(device)
         right = head(inputs).argmax(1) == test[1].to(device)
         found[f"loader, {args.num_workers} workers"] = right.double().mean().item()
