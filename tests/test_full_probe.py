@@ -26,9 +26,9 @@ import Flags
 import FullProbe
 import Heads
 import LinearProbe
-from Augmentation import resize
+from Augmentation import augment, normalize, resize
 from Heads import Head
-from Utils import Stopped
+from Utils import Stopped, seeded
 
 PROGRAM = (sys.executable, "LinearProbe.py")
 MODEL = ["--model", "demo/imle_mnist.pt"]
@@ -339,6 +339,42 @@ def test_one_two_and_three_processes_give_the_same_result(tmp_path, probe_here, 
     assert alone["n_val"] == 101
     for n in (3,) if fast else (2, 3):
         assert without_time(probe(*flags, "--processes", n)) == without_time(alone)
+
+
+def test_each_epoch_crops_an_image_anew_by_seed_epoch_and_image_alone():
+    model = Encoders.load_encoder(str(ROOT / "demo/imle_mnist.pt"))
+    images = Data.open_images(ROOT / "demo/mnist_val.tar")
+    transform, indices = augment((28, 28), 0.08), torch.tensor([3, 500, 77, 9, 640, 12, 33])
+    batches = FullProbe.Batches(
+        model=model,
+        loader=Data.ImageLoader(images, transform, num_workers=0),
+        indices=indices,
+        labels=torch.arange(7),  # as names of the images
+        batch_size=3,
+        images_per_pass=2,
+        parts=("mean",),
+        n_codes=1,
+        seed=4,
+        pace=FullProbe.Pace(CPU_DEVICE),
+        varies=True,
+    )
+    epochs = [list(batches(epoch, 0)) for epoch in (0, 1)]
+    assert [len(epoch) for epoch in epochs] == [2, 2]
+    (again,) = batches(1, 1)  # gone on with
+    assert torch.equal(again[0], epochs[1][1][0])
+    for epoch, found in enumerate(epochs):
+        names = torch.cat([labels for _, labels in found])
+        assert len(names.unique()) == 6
+        for name, feature in zip(
+            names, torch.cat([features for features, _ in found]), strict=True
+        ):
+            seed = FullProbe.image_seeds(4, epoch, indices[name])
+            with seeded(seed):
+                image = transform(images.load(int(indices[name])))[None]
+            codes = model.sample_codes(seed[None], 1)[:, 0]
+            with torch.no_grad():
+                tokens = model.encode(normalize(image), codes)
+            torch.testing.assert_close(feature, tokens[:, 1:].mean(1), atol=1e-4, rtol=1e-4)
 
 
 def test_features_that_are_too_many_to_keep_are_computed_again(tmp_path, probe_here):

@@ -67,7 +67,7 @@ def features_rows(args, model, images, seeds, low):
     for dtype in dict.fromkeys((torch.float32, low)):
         ready = in_precision(model, dtype)
         passes[dtype] = partial(image_features, ready, images, seeds, ("mean",), 0)
-        products[name_of(dtype)] = matmul(model, dtype)
+        products[name_of(dtype)] = matmul(model, dtype, dim=model.config.dim)
     seconds = interleaved({**passes, **products}, args.repeats, images.device)
     return [
         {
