@@ -34,7 +34,8 @@ CHANGEABLE = frozenset(
     "fast_linear_probe val_n_way val_n_shot probe_lr probe_epochs probe_bs probe_bs_val "
     "probe_ignore_z probe_augs_per_image global_pool ex_for_mse_loss z_per_ex_loss eval_bs "
     "ex_for_vis_tr ex_for_vis_te z_per_ex_vis steps_per_eval get_mae_baseline save_folder suffix "
-    "uid resume force_resume save_iter save_minutes wandb notes mae_weights skip_bad_images".split()
+    "uid resume force_resume save_iter save_minutes staged wandb notes mae_weights "
+    "skip_bad_images".split()
 )
 # What may never: the sizes of its model. The rest makes it the run it is, and needs --force_resume.
 ARCHITECTURE = frozenset(

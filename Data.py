@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -128,16 +129,22 @@ def with_classes(images, classes):
     return Subset(images, list(classes), np.flatnonzero(np.isin(images.targets, ways)))
 
 
-def open_pair(data_tr, data_val, *, n_way, n_shot, seed, same_classes=True, **options):
+def staged_path(path, folder):
+    """Where the copy of a path lies in a folder of copies, which holds the tree from the root on;
+    the path itself without such a folder."""
+    return f"{folder}{os.path.abspath(Path(path).expanduser())}" if folder else path
+
+
+def open_pair(data_tr, data_val, *, n_way, n_shot, seed, same_classes=True, staged=None, **options):
     """Training images, reduced to a few-shot subset, and validation images of the same classes (of
-    all, where same_classes is false: no labels are needed); messages name the flags. options: those
-    of open_images."""
+    all, where same_classes is false: no labels are needed); messages name the flags. staged: a
+    folder of copies to read instead. options: those of open_images."""
     with naming("--data_tr"):
-        images_tr = open_images(data_tr, **options)
+        images_tr = open_images(staged_path(data_tr, staged), **options)
     with naming("--train_n_way" if n_way > len(images_tr.classes) else "--train_n_shot"):
         images_tr = few_shot(images_tr, n_way, n_shot, seed)
     with naming("--data_val"):
-        images_val = open_images(data_val, **options)
+        images_val = open_images(staged_path(data_val, staged), **options)
         if same_classes:
             images_val = with_classes(images_val, images_tr.classes)
     return images_tr, images_val

@@ -252,6 +252,9 @@ def training_parser():
         help="between checkpoints that are kept for good; -1: only the newest are kept")
     add("--save_minutes", type=real(0), default=10.0, metavar="MINUTES",
         help="between saves of the newest checkpoint, besides the last one")
+    add("--staged", metavar="DIR",
+        help="a folder of copies, on a fast disk: DIR/PATH is read where --data_tr or --data_val "
+        "is /PATH, which the run is still named by (scripts/slurm_submit.py --stage)")
     add("--wandb", choices=("disabled", "offline", "online"), default="disabled",
         help="mirror metrics and pictures to Weights & Biases")
     add("--notes", default="", metavar="TEXT", help="kept in config.json and W&B")

@@ -21,6 +21,7 @@ from Utils import (
     InputError,
     StopSignal,
     Stream,
+    adopt_slurm_step,
     choose_dtype,
     join_processes,
     launch,
@@ -170,6 +171,7 @@ def fast_probe(flags, images_tr, images_val, size, device, n_codes=1, **loading)
 
 def main(argv=None):
     """Probes an encoder; the last line of the output is a JSON object."""
+    adopt_slurm_step()
     run_command(lambda: start(Flags.parse_probe_flags(argv)))
 
 

@@ -34,6 +34,7 @@ from Utils import (
     RunError,
     Stopped,
     StopSignal,
+    adopt_slurm_step,
     autocast,
     choose_dtype,
     fastest_dtype,
@@ -504,6 +505,7 @@ def start(flags):
     images = Data.open_pair(
         flags.data_tr,
         flags.data_val,
+        staged=flags.staged,
         n_way=flags.train_n_way,
         n_shot=flags.train_n_shot,
         seed=flags.seed,
@@ -516,6 +518,7 @@ def start(flags):
 
 def main(argv=None):
     """Trains as the command line says."""
+    adopt_slurm_step()
     run_command(lambda: start(Flags.parse_flags(argv)))
 
 

@@ -7,6 +7,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import secrets
 import signal
 import sys
@@ -179,6 +180,24 @@ def from_first_process(value):
     return values[0]
 
 
+def adopt_slurm_step():
+    """Describes this task of a SLURM step of several (`srun python ...`) as torchrun would, in the
+    environment. Leaves alone what torchrun started, a batch script, an interactive shell."""
+    environment = os.environ
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks == "1" or "RANK" in environment or os.isatty(0):
+        return
+    # node[03-17,20],other -> node03: the step's first host, where its first task runs.
+    host = re.sub(r"\[(\w+)[^]]*\]", r"\1", environment["SLURM_STEP_NODELIST"]).split(",")[0]
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment["WORLD_SIZE"] = tasks
+    environment.setdefault("MASTER_ADDR", host)
+    # Of its own for each step, below the ports that systems give away.
+    environment.setdefault("MASTER_PORT", str(10000 + (100 * job + step) % 20000))
+
+
 def join_processes(devices):
     """Joins the process group that the launcher prepared in the environment; the device of this
     process, which is devices[its number on this machine]."""
@@ -276,7 +295,8 @@ class StopSignal:
 
 def launch(function, devices, *args):
     """Runs function(*args) in one process per device, by torch's elastic launcher on this machine;
-    here and now for one device, or where another launcher (torchrun) has started this process."""
+    here and now for one device, or where another launcher (torchrun, srun) has started this
+    process."""
     if len(devices) == 1 or "WORLD_SIZE" in os.environ:
         return function(*args)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -85,6 +85,7 @@ def test_defaults_are_those_of_the_design():
         "suffix": "",
         "notes": "",
         "resume": None,
+        "staged": None,
     }
     assert {name: flags[name] for name in others} == others
     named = {pair.split("=")[0] for pair in DEFAULTS.split()} | set(others) | {"num_workers"}
