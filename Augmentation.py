@@ -15,10 +15,10 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in MAE, whose weights expect the
 STD = (0.229, 0.224, 0.225)
 
 
-def augment(size):
+def augment(size, least=0.2):
     """MAE's pretraining augmentation (appendix A.1): image -> uint8 (3, H, W), randomly cropped and
-    flipped."""
-    return partial(crop_and_flip, T.RandomResizedCrop(size, scale=(0.2, 1)), size)
+    flipped. least: the smallest share of the image that a crop may have."""
+    return partial(crop_and_flip, T.RandomResizedCrop(size, scale=(least, 1)), size)
 
 
 def crop_and_flip(crop, size, image):
@@ -55,9 +55,9 @@ def fit(size, image):
     return F.resize(image, new_size, InterpolationMode.BICUBIC)
 
 
-def transforms(size, use_augs):
+def transforms(size, use_augs, least=0.2):
     """The transforms (training, test) for images of a size (height, width)."""
-    return (augment(size), center_crop(size)) if use_augs else (resize(size), resize(size))
+    return (augment(size, least), center_crop(size)) if use_augs else (resize(size), resize(size))
 
 
 @cache

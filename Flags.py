@@ -14,7 +14,7 @@ from Data import MOST_BAD
 from Models import ACTIVATIONS, DECODERS, INJECTIONS, PRESETS
 from Stores import IMAGE_DECODERS, check_decoder
 from Utils import InputError, naming, say
-from Weights import PUBLISHED, SOURCES, read_run_checkpoint
+from Weights import FOREIGN_SOURCES, PUBLISHED, SOURCES, read_run_checkpoint
 
 # -------------------------------------------------------------------------------------------------
 # Flags. Every flag, its default, its unit and its bounds stand in `training_parser`; `parse_flags`
@@ -123,9 +123,9 @@ def data_flags(parser):
         help="precision of all that needs no gradients; auto: the fastest that the device has")
 
 
-def probe_flags(parser):
+def probe_flags(parser, title="fast linear probe"):
     """The flags of the fast linear probe."""
-    add = parser.add_argument_group("fast linear probe").add_argument
+    add = parser.add_argument_group(title).add_argument
     add("--val_n_way", type=whole(2), default=32, metavar="CLASSES", help="classes, at most")
     add("--val_n_shot", type=whole(1), default=50, metavar="IMAGES",
         help="training images per class, at most")
@@ -392,19 +392,60 @@ def resolve_shared_flags(flags):
         raise InputError(f"--probe_augs_per_image {given}: needs --use_augs 1, else use 1")
 
 
+# fmt: off
 def probe_parser():
     """The parser of LinearProbe.py."""
     parser = Parser(
         prog="LinearProbe.py",
         usage="LinearProbe.py --model SOURCE --data_tr PATH --data_val PATH [flags]",
-        description="Probe the encoder of a checkpoint by few-shot linear classification.",
+        description="Probe how much of the classes an encoder's features hold: by MAE's recipe for "
+        "linear probes, several heads at once, or by the fast probe that watches training.",
     )
-    parser.add_argument(
-        "--model", required=True, metavar="SOURCE", help=f"the weights to probe: {SOURCES}"
-    )
+    add = parser.add_argument_group("what is probed").add_argument
+    add("--model", required=True, metavar="SOURCE",
+        help=f"the weights to probe: {SOURCES}; {FOREIGN_SOURCES}")
+    add("--input_size", type=whole(1), nargs="+", metavar="PIXELS",
+        help="side, or height and width, of the images as the network sees them; default: its own")
+    add("--probe_codes", type=whole(1), default=1, metavar="CODES",
+        help="with --probe_ignore_z 0: codes per image over which features are averaged")
+    add("--fast", **SWITCH, default=0, help="1: the fast probe, of a few-shot subset")
     data_flags(parser)
-    probe_flags(parser)
+
+    add = parser.add_argument_group("full probe").add_argument
+    add("--lrs", type=real(0), nargs="+", default=[0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0],
+        metavar="RATE",
+        help="base rates per 256 images, a head for each; .1 is MAE's, small data want more")
+    add("--wds", type=real(0), nargs="+", default=[0.0], metavar="RATE",
+        help="weight decays: a head for each, with each rate")
+    add("--pools", nargs="+", choices=("cls", "mean", "both"),
+        help="features: class token, mean of the patch tokens, both side by side: heads for each; "
+        "default: as --global_pool says, without it the class token")
+    add("--hold_out", type=real(0.001, 0.9), default=0.1, metavar="SHARE",
+        help="of each class's training images, to choose among several heads; one head needs none")
+    add("--epochs", type=whole(1), metavar="N", help="default: 90, of ViT-L and ViT-H 50")
+    add("--warmup_epochs", type=whole(0), metavar="N",
+        help="of linear warm-up; default: 10, at most a fifth of --epochs")
+    add("--batch_size", type=whole(2), metavar="IMAGES",
+        help="per step, over all processes, of which --probe_bs_val pass the network at a time; "
+        "default: 512, at most an eighth of all; MAE's paper has 16384")
+    add("--keep_gb", type=real(0), default=8.0, metavar="GB",
+        help="of features on the device, at most; with --use_augs 0 they are computed once if "
+        "that is enough")
+    add("--save_minutes", type=real(0), default=10.0, metavar="MINUTES",
+        help="between saves of where the probe stands")
+    add("--save_folder", default=".", metavar="DIR",
+        help="the probe is DIR/probes/NAME, and a row of DIR/probes/results.csv")
+    probe_flags(
+        parser,
+        "fast probe; of both are --probe_bs_val, --probe_ignore_z and --global_pool",
+    )
+    parser.set_defaults(global_pool=None)
     return parser
+
+
+# fmt: on
+ONLY_FAST = "val_n_way val_n_shot probe_lr probe_epochs probe_bs probe_augs_per_image".split()
+ONLY_FULL = "lrs wds pools hold_out epochs warmup_epochs batch_size keep_gb save_minutes".split()
 
 
 def parse_probe_flags(argv=None):
@@ -412,10 +453,34 @@ def parse_probe_flags(argv=None):
     parser = probe_parser()
     args = parser.parse_args(argv)
     try:
-        resolve_shared_flags(args)
+        return resolve_probe_flags(args, parser.get_default)
     except InputError as error:
         parser.error(str(error))
-    return args
+
+
+def resolve_probe_flags(args, default):
+    """A new namespace with what depends on other flags filled in; an InputError for what does not
+    go together. default(name): a flag's default."""
+    flags = argparse.Namespace(**vars(args))
+    if flags.input_size and len(flags.input_size) > 2:
+        raise InputError(f"--input_size {' '.join(map(str, flags.input_size))}: one or two numbers")
+    if flags.input_size:
+        flags.input_size = list(flags.input_size) * (2 if len(flags.input_size) == 1 else 1)
+    if flags.global_pool is None:
+        flags.global_pool = int(bool(flags.fast))
+    for name in ("lrs", "wds", "pools"):
+        if len(set(getattr(flags, name) or [])) < len(getattr(flags, name) or []):
+            raise InputError(f"--{name}: the same value twice")
+    if flags.warmup_epochs is not None and flags.epochs and flags.warmup_epochs > flags.epochs:
+        raise InputError(f"--warmup_epochs {flags.warmup_epochs}: at most --epochs {flags.epochs}")
+    if flags.probe_codes > 1 and flags.probe_ignore_z:
+        raise InputError(f"--probe_codes {flags.probe_codes}: needs --probe_ignore_z 0")
+    resolve_shared_flags(flags)
+    idle = ONLY_FULL if flags.fast else ONLY_FAST
+    given = [f"--{name}" for name in idle if getattr(args, name) != default(name)]
+    if given:
+        say(f"note: {', '.join(given)}: no part of the {'fast' if flags.fast else 'full'} probe")
+    return flags
 
 
 def parse_ip_spec(words, preset):

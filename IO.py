@@ -1,6 +1,7 @@
 """The edges of a run: what a person sees of it, and what it leaves in its folder."""
 
 import contextlib
+import csv
 import io
 import json
 import math
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -345,3 +347,61 @@ def describe_run(flags):
         "git_commit": git or None,
         "command": shlex.join([sys.executable, *sys.argv]),
     }
+
+
+# -------------------------------------------------------------------------------------------------
+# What a probe leaves.
+
+PROBE_COLUMNS = (
+    "model probe top1 top5 knn n_train n_held_out n_val pool lr wd epochs batch_size "
+    "data_tr data_val seed seconds folder".split()
+)
+
+
+def append_row(path, values):
+    """Appends a row of these values to a CSV, under its own heading or, in a new file, under
+    PROBE_COLUMNS."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")), open(path, "a+", newline="") as file:
+            file.seek(0)
+            columns = next(csv.reader(file), None)
+            writer = csv.DictWriter(file, columns or PROBE_COLUMNS, extrasaction="ignore")
+            if not columns:
+                writer.writeheader()
+            writer.writerow(values)
+    except OSError as error:
+        raise InputError(f"--save_folder: cannot write {path}: {error.strerror}") from None
+
+
+def draw_probe(path, result, history, confusion):
+    """Draws a probe to a picture: the heads' accuracy by epoch, and what the worst classes are
+    taken for, confusion: their names, the names of the columns, shares (rows, columns)."""
+    from matplotlib.figure import Figure  # slow to import; and Figure alone opens no windows
+
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    best, epochs = result["best"], range(1, len(history) + 1)
+    for number, head in enumerate(result["heads"]):
+        label = f"{head['pool']}, lr {head['lr']:g}, wd {head['wd']:g}"
+        style = {"color": "black", "lw": 2} if number == best else {"lw": 0.8, "alpha": 0.8}
+        top1 = [record["top1"][number] for record in history]
+        left.plot(epochs, top1, label=label + " (reported)" * (number == best), **style)
+    top5 = [record["top5"][best] for record in history]
+    left.plot(epochs, top5, "--", color="gray", label="top-5 of the reported head")
+    left.set(xlabel="epoch", ylabel="validation accuracy, top-1", ylim=(0, 1.02))
+    left.grid(alpha=0.3)
+    left.legend(fontsize=7, loc="lower right")
+    rows, columns, shares = confusion
+    shares = np.asarray(shares)
+    right.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for row, column in np.argwhere(shares >= 0.005):
+        shade = "white" if shares[row, column] > 0.5 else "black"
+        text = f"{shares[row, column] * 100:.0f}"
+        right.text(column, row, text, ha="center", va="center", fontsize=7, color=shade)
+    right.set_xticks(range(len(columns)), [name[:16] for name in columns], rotation=60, fontsize=7)
+    right.set_yticks(range(len(rows)), [name[:16] for name in rows], fontsize=7)
+    right.set(xlabel="taken for", ylabel="class")
+    right.set_title(f"the {len(rows)} worst classes, % of their images", fontsize=10)
+    figure.suptitle(f"{result['model']}: top-1 {result['top1']:.2%}", fontsize=10)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=100, format="png"))

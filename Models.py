@@ -509,13 +509,16 @@ class ImplicitMAE(nn.Module):
 
     def encode(self, images, codes=None):
         """images (N,3,H,W) normalised, codes (N, D) or None -> unmasked tokens (N, 1+L, C) after
-        the encoder's norm."""
+        the encoder's norm; codes (N, K, D) -> (N, K, 1+L, C), with 1 for K where no encoder block
+        reads codes."""
         length = self.pos_embed.shape[1]
         positions = torch.arange(length, device=images.device).expand(len(images), -1)
         tokens = self._embed(images, positions)
+        several = codes is not None and codes.ndim == 3
+        codes = codes if codes is None or several else codes[:, None]
         for step in self._encoder_steps():
-            tokens = step.run(tokens, None if codes is None else codes[:, None], positions)
-        return tokens[:, 0]
+            tokens = step.run(tokens, codes, positions)
+        return tokens if several else tokens[:, 0]
 
     def sample_codes(self, seeds, k):
         """seeds (N,) int64 -> the first k codes (N, k, D) of each seed's sequence from the prior

@@ -46,6 +46,10 @@ SOURCES = (  # for --help
     "a file, https://..., hf-hub:OWNER/NAME or gdrive:ID; ours, facebookresearch/mae's or "
     "Hugging Face's ViTMAE"
 )
+FOREIGN_SOURCES = (  # of Encoders.py, likewise
+    "timm:NAME, torchvision:NAME, with =FILE behind it for weights of your own; pixels; untrained: "
+    "in front of these, of a checkpoint or of an --arch of TrainIMLE.py, for fresh weights"
+)
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # as Hugging Face saves weights
 
 

@@ -7,13 +7,19 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from benchmarks import data, frontier, sampling, train  # noqa: E402 (the line above makes them importable)
+from benchmarks import data, frontier, probe, sampling, train  # noqa: E402 (the line above)
 
 from Flags import Parser  # noqa: E402
 from Utils import run_command, write_atomically  # noqa: E402
 
 # Each has add_flags(parser) and measure(args) -> Tables, one by one.
-BENCHMARKS = {"data": data, "sampling": sampling, "frontier": frontier, "train": train}
+BENCHMARKS = {
+    "data": data,
+    "sampling": sampling,
+    "frontier": frontier,
+    "train": train,
+    "probe": probe,
+}
 
 
 def print_table(table):

@@ -55,6 +55,18 @@ def test_the_benchmark_of_training_compares_steps(tmp_path):
     assert len(found) == 3 and all(row["images_per_sec"] > 0 for row in found)
 
 
+def test_the_benchmark_of_probes_compares_heads(tmp_path):
+    options = [*TINY, "--images", 8, "--classes", 5, "--num_workers", 1]
+    command("probe", *options, "--json", tmp_path / "rows.json", program=PROGRAM)
+    found = {name: row for (name, _), row in rows(tmp_path / "rows.json").items()}
+    assert found["float32"]["images_per_sec"] > 0 and found["float32"]["share_of_matmul"] > 0
+    assert (
+        found["one head"]["ratio_to_one_head"] == 1 < 10 > found["ten heads"]["ratio_to_one_head"]
+    )
+    assert found["ours"]["ratio_to_loader"] > 2  # 5 where nothing else runs
+    assert found["ours"]["top1"] == pytest.approx(found["loader, 1 workers"]["top1"], abs=0.03)
+
+
 def test_the_benchmark_of_data_compares_stores(tmp_path):
     options = "--entries 2000 --reads 1000 --repeats 1 --most 4 --input_size 32".split()
     options += ["--work", tmp_path, "--json", tmp_path / "rows.json"]

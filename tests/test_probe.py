@@ -1,16 +1,20 @@
 """Linear probes: on features that are known, and of a checkpoint by the real command."""
 
 import json
+import random
+import re
 import sys
 
 import pytest
 import torch
 from conftest import DEMO_DATA, ROOT, command
+from PIL import Image
 
 import Data
+import Flags
 import IO
 import LinearProbe
-from Augmentation import resize
+from Augmentation import normalize, resize
 
 
 def blobs(n, spread, seed, n_classes=6, dim=16):
@@ -96,16 +100,17 @@ def test_features_are_those_of_each_image_alone(global_pool, ignore_codes):
         ignore_codes=ignore_codes,
     )
     for feature, index, seed in zip(features, indices.tolist(), seeds, strict=True):
-        image = LinearProbe.normalize(transform(images[index][0])[None])
+        image = normalize(transform(images[index][0])[None])
         codes = None if ignore_codes else model.sample_codes(seed[None], 1)[:, 0]
         tokens = model.encode(image, codes)[0]
         expected = tokens[1:].mean(0) if global_pool else tokens[0]
         torch.testing.assert_close(feature, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_command_prints_its_result_as_json_on_the_last_line():
-    flags = [*DEMO_DATA, "--use_augs", 0, "--val_n_shot", 40, "--probe_epochs", 20]
+def test_the_command_prints_its_result_as_json_on_the_last_line(tmp_path):
+    flags = [*DEMO_DATA, "--fast", 1, "--use_augs", 0, "--val_n_shot", 40, "--probe_epochs", 20]
     flags += ["--model", "demo/imle_mnist.pt", "--gpus", "cpu", "--probe_lr", "3e-3"]
+    flags += ["--save_folder", tmp_path]
     done = command(*flags, program=(sys.executable, "LinearProbe.py"))
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["n_train"] == 400 and result["n_val"] == 1000
@@ -113,16 +118,78 @@ def test_the_command_prints_its_result_as_json_on_the_last_line():
     assert 0.7 < result["top1"] <= result["top5"] <= 1 and 0.6 < result["knn"] < 1
 
 
+def test_the_fast_probe_leaves_random_numbers_and_the_model_s_mode_alone(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    argv = [*DEMO_DATA, "--model", "x", "--fast", "1", "--gpus", "cpu", "--num_workers", "2"]
+    argv += "--val_n_way 3 --val_n_shot 4 --probe_epochs 2 --probe_ignore_z 0".split()
+    flags = Flags.parse_probe_flags([*argv, "--probe_augs_per_image", "2"])
+    images = Data.open_pair(flags.data_tr, flags.data_val, n_way=-1, n_shot=-1, seed=0)
+    probe = LinearProbe.fast_probe(flags, *images, (28, 28), torch.device("cpu"))
+    assert probe.sizes == (24, 300)
+    model, results = IO.load_model("demo/imle_mnist.pt"), []
+    for mode in True, False:
+        torch.manual_seed(5)
+        states = torch.get_rng_state(), random.getstate()
+        results.append(probe(model.train(mode)))
+        assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+        assert all(module.training == mode for module in model.modules())
+    assert results[0] == results[1]
+
+
+def copy_classes(path, names):
+    """A folder with an image of each class of these names."""
+    for name in names:
+        (path / name).mkdir(parents=True)
+        Image.new("RGB", (28, 28)).save(path / name / "0.png")
+    return path
+
+
+MODEL = ["--model", "demo/imle_mnist.pt"]
+
+
 @pytest.mark.parametrize(
     "flags, named",
     [
         (["--model", "nowhere.pt"], "--model"),
         (["--model", "demo"], "--model"),
-        (["--model", "demo/imle_mnist.pt", "--data_val", "nowhere"], "--data_val"),
-        (["--model", "demo/imle_mnist.pt", "--train_n_way", "1"], "--data_tr"),
+        (["--model", "decoder.pt"], "--model: .*decoder.pt: not the weights of"),
+        (["--model", "untrained:nowhere.pt"], "--model: nowhere.pt does not exist"),
+        (["--model", "timm:resnet188"], "--model: timm has no .*mean timm:resnet18?"),
+        (["--model", "torchvision:resnet17"], "--model: torchvision has no .*resnet18?"),
+        (["--model", "timm:resnet18=tests/golden/mae_tiny.pth"], "--model: .* does not fit"),
+        (["--model", "untrained:torchvision:vit_b_16", "--input_size", 28], "--input_size 28"),
+        ([*MODEL, "--input_size", 30], "--model: .*multiples of 4"),
+        ([*MODEL, "--data_val", "nowhere"], "--data_val"),
+        ([*MODEL, "--data_val", "other"], "--data_val: .*no class a, which this has"),
+        ([*MODEL, "--data_val", "fewer"], "--data_val: no class 2, .*(8 such)"),
+        ([*MODEL, "--train_n_way", 1], "--data_tr"),
+        ([*MODEL, "--data_tr", "single", "--data_val", "single"], "--data_tr: .*two classes"),
+        ([*MODEL, "--train_n_shot", 401], "--train_n_shot: 401 images a class wanted"),
+        ([*MODEL, "--train_n_shot", 1], "--hold_out: .*second image"),
+        ([*MODEL, "--probe_codes", 2], "--probe_codes 2: needs --probe_ignore_z 0"),
+        ([*MODEL, "--lrs", 1, 1], "--lrs: the same value twice"),
+        ([*MODEL, "--epochs", 2, "--warmup_epochs", 3], "--warmup_epochs 3: at most"),
+        (["--model", "pixels", "--pools", "cls", "mean"], "--pools cls: pixels has one vector"),
+        ([*MODEL, "--save_folder", "/dev/null"], "--save_folder: cannot write"),
     ],
 )
-def test_bad_input_ends_in_one_line(flags, named):
-    done = command(*DEMO_DATA, *flags, program=(sys.executable, "LinearProbe.py"), check=False)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and named in done.stderr
+@pytest.mark.parametrize("fast", [0, 1])
+def test_bad_input_ends_in_one_line(flags, named, fast, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    if fast and any(str(flag) in ("--lrs", "--pools", "--epochs", "1") for flag in flags[2:]):
+        pytest.skip("of the full probe")
+    state = torch.load("demo/imle_mnist.pt", weights_only=True)
+    state["model"] = {k: v for k, v in state["model"].items() if k.startswith("decoder")}
+    torch.save(state, tmp_path / "decoder.pt")
+    digits = [str(i) for i in range(10)]
+    copy_classes(tmp_path / "other", [*digits, "a"])
+    copy_classes(tmp_path / "fewer", ["0", "1"])
+    copy_classes(tmp_path / "single", ["0"])
+    made = ("decoder.pt", "other", "fewer", "single")
+    flags = [str(tmp_path / flag) if flag in made else str(flag) for flag in flags]
+    common = [*DEMO_DATA, "--gpus", "cpu", "--save_folder", str(tmp_path), "--fast", str(fast)]
+    with pytest.raises(SystemExit) as ended:
+        LinearProbe.main([*common, *flags])
+    line = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert len(line.splitlines()) == 1 and re.search(named, line), line

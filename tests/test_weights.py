@@ -349,7 +349,8 @@ def test_the_probe_takes_a_model_from_the_hub(tmp_path, name):
     with server({at + name: weights, at + "config.json": config}) as (address, _):
         environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hub")}
         flags = [*DEMO_DATA, "--model", source, "--gpus", "cpu", "--use_augs", 0]
-        flags += ["--val_n_shot", 2, "--probe_epochs", 1, "--num_workers", 0]
+        flags += ["--val_n_shot", 2, "--probe_epochs", 1, "--num_workers", 0, "--fast", 1]
+        flags += ["--save_folder", tmp_path]
         done = command(*flags, program=(sys.executable, "LinearProbe.py"), **environment)
         assert json.loads(done.stdout.splitlines()[-1])["model"] == source
 
@@ -358,6 +359,7 @@ def test_a_repository_without_weights_is_refused_in_one_line(tmp_path):
     with server({}) as (address, _):
         done = command(
             *(*DEMO_DATA, "--model", "hf-hub:someone/nothing", "--gpus", "cpu"),
+            *("--save_folder", tmp_path),
             program=(sys.executable, "LinearProbe.py"),
             check=False,
             HF_ENDPOINT=address,

@@ -44,10 +44,10 @@ def flops(run):
     return counter.get_total_flops()
 
 
-def matmul(model, dtype):
-    """The decoder's widest matrix product, for the tokens of 32 completions, 16 times: a
-    callable."""
-    dim, device = model.config.decoder_dim, model.pos_embed.device
+def matmul(model, dtype, dim=None):
+    """The decoder's widest matrix product (another width's: dim), for the tokens of 32 completions,
+    16 times: a callable."""
+    dim, device = dim or model.config.decoder_dim, model.pos_embed.device
     tokens = torch.randn(32 * model.pos_embed.shape[1], dim, device=device).to(dtype)
     weights = torch.randn(4 * dim, dim, device=device).to(dtype)
     out = torch.empty(len(tokens), len(weights), device=device, dtype=dtype)
