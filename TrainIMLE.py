@@ -31,6 +31,7 @@ from Models import (
 )
 from Samplers import code_passes, image_losses
 from Utils import (
+    InputError,
     RunError,
     Stopped,
     StopSignal,
@@ -464,6 +465,8 @@ def run(flags, images_tr, images_val):
     flags = from_first_process(flags)  # one uid, where each process drew its own
     folder, checkpoint = locate_run("TrainIMLE", flags)
     progress = Progress() if checkpoint is None else Progress(**checkpoint["progress"])
+    if progress.step != from_first_process(progress.step):
+        raise InputError(f"--save_folder: {folder} must be the same for all processes, and is not")
     dtype = choose_dtype(flags.sample_dtype, device)
     train_dtype = fastest_dtype(device) if flags.fp16 else torch.float32
     record, stop = IO.Run(folder, flags, checkpoint), StopSignal()

@@ -545,7 +545,7 @@ def test_a_loss_that_is_no_number__no_update_the_images_named_and_it_goes_on_fro
 def stepping(model, **options):
     """The keywords of train_step."""
     return {
-        "optimizer": torch.optim.AdamW(Models.parameter_groups(model, 0.1)),
+        "optimizer": torch.optim.AdamW(Models.parameter_groups(model, 0.1), fused=True),
         "scaler": torch.amp.GradScaler("cpu", enabled=False),
         "batch_size": 2,
         "parts": 1,
