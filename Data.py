@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from tqdm import tqdm
 from Augmentation import normalize
 from Stores import FolderImages, ImageError, LmdbImages, TarImages, check_decoder
 from Utils import (
+    STOP_SIGNALS,
     InputError,
     RunError,
     Stream,
+    end_workers,
     mix_seeds,
     naming,
     permutation,
@@ -210,10 +213,16 @@ class SeededImages(Dataset):
 
 def leave_signals(_):
     """In a worker: to stop is the main process's business, also where a signal goes to all of a
-    job's processes. A second SIGTERM ends it; DataLoader, where it must, sends two."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    job's processes."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@cache
+def end_workers_at_exit():
+    """Sees to it, once, that this process ends its workers before multiprocessing would: that
+    sends them SIGTERM and waits."""
+    Finalize(None, end_workers, exitpriority=10)
 
 
 class ImageLoader:
@@ -234,6 +243,7 @@ class ImageLoader:
         self.images, self.bad = images, set()  # bad: indices of images that had to be replaced
         self.batches = []  # what the workers load next; the loader asks when it is iterated
         self.stopping = stopping
+        end_workers_at_exit()
         self.loader = DataLoader(
             SeededImages(images, transform),
             batch_sampler=self.batches,

@@ -415,7 +415,13 @@ def fail(message, status, said=None):
         if said is not None:
             os.close(os.open(said, os.O_CREAT | os.O_EXCL))
         print(f"error: {message}", file=sys.stderr, flush=True)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for workers that end
-    for worker in multiprocessing.active_children():  # one that hangs would keep us from ending
-        worker.kill()
+    end_workers()  # one that hangs would keep us from ending
     sys.exit(status)
+
+
+def end_workers():
+    """Ends the loader workers of this process, which leave all gentler signals to it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for workers that end
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()

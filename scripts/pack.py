@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from Data import leave_signals, open_images  # noqa: E402 (the line above makes it importable)
+from Data import end_workers_at_exit, leave_signals, open_images  # noqa: E402 (the line above makes it importable)
 from Stores import SLACK, LmdbImages, TarImages, lmdb_head, lmdb_item  # noqa: E402
 from Utils import InputError, run_command, say  # noqa: E402
 
@@ -119,6 +119,7 @@ class Encoded(Dataset):
 
 def encoded(images, size, num_workers):
     """Yields (entry, encoded image) of all images, in their order, with a progress bar."""
+    end_workers_at_exit()
     batches = DataLoader(
         Encoded(images, size),
         batch_size=BATCH,

@@ -805,3 +805,15 @@ def test_the_test_transform_is_mae_s():
     image = picture(0, size=(400, 300))
     mae = T.Compose([T.Resize(256, InterpolationMode.BICUBIC), T.CenterCrop(224), T.PILToTensor()])
     assert torch.equal(Augmentation.center_crop((224, 224))(image), mae(image))
+
+
+def test_a_loader_that_is_alive_at_the_end_does_not_keep_a_program_from_ending():
+    code = """
+import gc, torch, Augmentation, Data
+images, transform = Data.open_images("demo/mnist_val.tar"), Augmentation.resize((28, 28))
+loader = Data.ImageLoader(images, transform, num_workers=2, persistent=True)
+list(loader.chunks(torch.arange(9), torch.arange(9), 3))
+loader.itself = loader  # as a cycle that is not collected
+gc.disable()
+"""
+    assert command(program=(sys.executable, "-c", code)).returncode == 0
