@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from Utils import InputError, say, write_atomically
+from Utils import InputError, from_first_process, naming, rank, say, write_atomically
 from Weights import read_run_checkpoint
 
 
@@ -47,15 +47,17 @@ ARCHITECTURE = frozenset(
 def read_config(folder):
     """The flags in a run's config.json; empty where they can't be read."""
     try:
-        return json.loads((folder / "config.json").read_text())["flags"]
+        flags = json.loads((folder / "config.json").read_text())["flags"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+    return flags if isinstance(flags, dict) else {}
 
 
 def check_writable(folder):
     """Refuses a folder that can't be made or written to; leaves nothing there."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = folder
     try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise InputError(f"--save_folder: cannot write to {there}: {error.strerror}") from None
@@ -95,16 +97,33 @@ def can_lock(file):
 def is_running(folder):
     """Whether a process has locked this run's folder."""
     try:
-        with open(folder / ".lock") as file:
+        file = open(folder / ".lock")  # noqa: SIM115
+    except OSError:
+        return False
+    with file:
+        try:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.EAGAIN, errno.EACCES)
+        except OSError as error:
+            return error.errno in (errno.EAGAIN, errno.EACCES)
     return False
 
 
 def locate_run(script, flags):
-    """(folder, checkpoint or None): of the run with these flags' uid, or that --resume names, where
-    it stood; else a new one."""
+    """(folder, its checkpoints, the one to go on from or None): of the run with these flags' uid,
+    or that --resume names; else a new one. The first process chooses, for all."""
+    chosen, checkpoint = choose_checkpoint(script, flags) if rank() == 0 else (None, None)
+    folder, found, path, changed = from_first_process(chosen)
+    if path is not None and rank() > 0:
+        with naming("--save_folder, which all processes must share"):
+            checkpoint = read_run_checkpoint(path)
+    if path is not None and changed:  # its codes may be another pool's
+        checkpoint["progress"] |= {"codes": None, "sampled": {}}
+    return folder, found, checkpoint
+
+
+def choose_checkpoint(script, flags):
+    """(folder, its checkpoints, the path of the one to go on from or None, whether flags have
+    changed), and what is in it."""
     models = Path(flags.save_folder).expanduser() / "models"
     if flags.resume:
         folder = Path(flags.resume).absolute().parent.parent
@@ -113,6 +132,7 @@ def locate_run(script, flags):
         mine = (path for path in named if read_config(path).get("uid") == flags.uid)
         folder = next(mine, models / run_name(script, flags))
     check_writable(folder)
+    found = checkpoint_paths(folder)  # before one is read, which takes its time
     path, checkpoint = newest_checkpoint(folder)
     old = checkpoint["args"] if checkpoint else read_config(folder)
     if old.get("uid", flags.uid) != flags.uid or (not old and holds_something(folder)):
@@ -124,9 +144,7 @@ def locate_run(script, flags):
         if step != checkpoint["progress"]["step"]:
             raise InputError(f"--resume {flags.resume}: not its run's newest; give {path}")
     changed = check_changes(vars(flags), old, flags.force_resume) if old else False
-    if changed and checkpoint:  # its codes may be another pool's
-        checkpoint["progress"] |= {"codes": None, "sampled": {}}
-    return folder, checkpoint
+    return (folder, found, path, changed), checkpoint
 
 
 def holds_something(folder):
@@ -155,7 +173,7 @@ def check_changes(new, old, force):
         )
     if changed:
         say(f"warning: going on with other flags: {shown}")
-    elif new["epochs"] != old["epochs"]:
+    elif new["epochs"] != old.get("epochs", new["epochs"]):
         say(f"note: --epochs was {old['epochs']}, is {new['epochs']}")
     return bool(changed)
 

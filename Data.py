@@ -250,7 +250,7 @@ class ImageLoader:
             num_workers=num_workers,
             persistent_workers=persistent and num_workers > 0,
             pin_memory=pin_memory,
-            timeout=timeout if num_workers else 0,
+            timeout=timeout / 2 if num_workers else 0,
             # Not as the processes of a launch, whose every worker would import torch anew.
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
             worker_init_fn=leave_signals,
@@ -267,6 +267,8 @@ class ImageLoader:
         self.batches[:] = [
             list(zip(indices[rows].tolist(), seeds[rows].tolist(), strict=True)) for rows in slices
         ]
+        if self.stopping():
+            return
         loaded = iter(self.loader)
         for rows in slices:
             if self.stopping():
@@ -278,14 +280,16 @@ class ImageLoader:
 
     def next_chunk(self, loaded, indices):
         """The next of `loaded`, the chunk of these images; a RunError when that takes too long."""
-        try:
-            return next(loaded)
-        except RuntimeError as error:
-            if "timed out" not in str(error):
-                raise
+        for _ in range(2):  # a suspended run that wakes up would take the first time for over
+            try:
+                return next(loaded)
+            except RuntimeError as error:
+                if "timed out" not in str(error):
+                    raise
         names = ", ".join(self.images.name(i) for i in indices[:3].tolist())
+        seconds = 2 * self.loader.timeout
         raise RunError(
-            f"--loader_timeout {self.loader.timeout:g}: a loader worker gave nothing for so many "
+            f"--loader_timeout {seconds:g}: a loader worker gave nothing for so many "
             f"seconds; it was loading {len(indices)} images: {names}{' ...' * (len(indices) > 3)}"
         ) from None
 

@@ -121,13 +121,13 @@ class Run:
     """Writes down what a run does. The local files are the truth; W&B mirrors them and may fail
     without harm."""
 
-    def __init__(self, folder, flags, checkpoint=None):
+    def __init__(self, folder, flags, checkpoint=None, found=()):
         """Does nothing yet; entered by `with`, it opens the folder, behind the metrics that the
-        checkpoint knows."""
+        checkpoint knows. found: the checkpoints that were there before that was read."""
         self.folder, self.flags, self.main = Path(folder), flags, rank() == 0
         self.step = checkpoint["progress"]["step"] if checkpoint else 0
         self.metrics_size = checkpoint["metrics_size"] if checkpoint else 0
-        self.found = checkpoint_paths(folder)
+        self.found = list(found)
         self.waiting = {}  # what the disk has not taken yet: names of files -> bytes
         self.lines = b""  # likewise, of metrics.jsonl
 
@@ -155,8 +155,9 @@ class Run:
     def tidy(self):
         """Clears away what a save that was killed has left, and checkpoints that can't be read: a
         run goes on from the newest that can."""
-        for left in self.folder.rglob(".*.tmp"):
-            left.unlink()
+        for folder in (self.folder, self.folder / "images", self.folder / "checkpoints"):
+            for left in folder.glob(".*.tmp"):
+                left.unlink()
         for path in self.found:
             if step_of(path) > self.step:
                 path.rename(path.with_suffix(".damaged"))
@@ -215,10 +216,13 @@ class Run:
         state = {**state, "metrics_size": self.metrics.tell()}
         step = state["progress"]["step"]
         folder = self.folder / "checkpoints"
+        save_checkpoint(newest := folder / f"step_{step:08d}.pt", state)
         if keep:
-            epoch = state["progress"]["epoch"]
-            save_checkpoint(folder / f"epoch_{epoch:06d}_step_{step:08d}.pt", state)
-        save_checkpoint(folder / f"step_{step:08d}.pt", state)
+            kept = folder / f"epoch_{state['progress']['epoch']:06d}_step_{step:08d}.pt"
+            try:
+                os.link(newest, kept)
+            except OSError:  # it is there, or there are no links
+                save_checkpoint(kept, state)
         for old in sorted(folder.glob("step_*.pt"))[:-2]:
             old.unlink()
 
@@ -293,10 +297,13 @@ CURVES = {  # panel -> {key: label}
 
 
 def read_metrics(folder):
-    """The records of a run's metrics.jsonl, as a list of dicts; a line that is being written is
-    left out."""
-    lines = (Path(folder) / "metrics.jsonl").read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    """The records of a run's metrics.jsonl, as a list of dicts; lines that are damaged, or are
+    being written, are left out."""
+    records = []
+    for line in (Path(folder) / "metrics.jsonl").read_bytes().split(b"\n")[:-1]:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 def draw_curves(runs, path, title=""):

@@ -31,7 +31,6 @@ from Models import (
 )
 from Samplers import code_passes, image_losses
 from Utils import (
-    InputError,
     RunError,
     Stopped,
     StopSignal,
@@ -81,8 +80,7 @@ def train(
         pool = Data.draw_pool(loader.images, images_per_epoch, epoch, **pooling)
         # Loads the pool's images; then IMLE: a code for each.
         codes = choose_pool_codes(model, pool, loader, progress, **sampling)
-        place = {"step": progress.step, "done": len(progress.losses)}
-        batches = Data.minibatches(pool, codes, steps_per_epoch, batch_size, **place)
+        batches = Data.minibatches(pool, codes, steps_per_epoch, batch_size, **progress.place)
         for batch in IO.watch(batches, "gradient steps", steps_per_epoch, unit="steps"):
             progress.step_done(*train_step(network, batch, rates(progress.step), **stepping))
             keeper.after_step(progress)
@@ -253,6 +251,11 @@ class Progress:
     losses: list = field(default_factory=list)  # of the present epoch's steps
     norms: list = field(default_factory=list)  # of their gradients
 
+    @property
+    def place(self):
+        """Of the next step: its number in the run, and in the present epoch."""
+        return {"step": self.step, "done": len(self.losses)}
+
     def step_done(self, loss, norm):
         self.step += 1
         self.losses.append(loss)
@@ -295,6 +298,7 @@ class Keeper:
         self.started = self.epoch_started = time.monotonic()
         self.next_save = self.started + 60 * self.save_minutes
         self.epochs_here = 0  # since this process started
+        self.owed = False  # a checkpoint that stays
 
     def save(self, progress, keep=False):
         """Saves a checkpoint; `keep`: one that stays. An OSError where that fails."""
@@ -307,20 +311,22 @@ class Keeper:
             "args": self.flags,
         }
         self.record.save(state, keep=keep)
+        self.owed = False
         self.next_save = time.monotonic() + 60 * self.save_minutes
 
     def try_to_save(self, progress, keep=False):
         """Saves, or says that it failed, and tries again a minute later."""
         try:
-            self.save(progress, keep)
+            self.save(progress, keep or self.owed)
         except OSError as error:
+            self.owed = self.owed or keep
             say(f"warning: no checkpoint could be saved ({error}); the next try is in a minute")
             self.next_save = time.monotonic() + min(60, 60 * self.save_minutes)
 
     def save_last(self, progress):
         """Saves as the run ends, on all processes together; a RunError where that fails."""
         try:
-            self.save(progress)
+            self.save(progress, self.owed)
         except OSError as error:
             raise RunError(f"the last checkpoint could not be saved: {error}") from None
         sum_over_processes(torch.zeros(()))  # none ends before it is written
@@ -463,13 +469,11 @@ def run(flags, images_tr, images_val):
     """One process of a run: puts its parts together and trains."""
     device = join_processes(flags.gpus)
     flags = from_first_process(flags)  # one uid, where each process drew its own
-    folder, checkpoint = locate_run("TrainIMLE", flags)
+    folder, found, checkpoint = locate_run("TrainIMLE", flags)
     progress = Progress() if checkpoint is None else Progress(**checkpoint["progress"])
-    if progress.step != from_first_process(progress.step):
-        raise InputError(f"--save_folder: {folder} must be the same for all processes, and is not")
     dtype = choose_dtype(flags.sample_dtype, device)
     train_dtype = fastest_dtype(device) if flags.fp16 else torch.float32
-    record, stop = IO.Run(folder, flags, checkpoint), StopSignal()
+    record, stop = IO.Run(folder, flags, checkpoint, found), StopSignal()
     loading = {
         "num_workers": flags.num_workers,
         "timeout": flags.loader_timeout,
@@ -490,7 +494,7 @@ def run(flags, images_tr, images_val):
     optimizer, scaler = make_optimizer(model, flags, train_dtype, checkpoint)
     options = loop_options(flags, device, optimizer, scaler, stop, train_dtype, dtype, progress)
     schedule = (flags.epochs, flags.save_minutes, flags.save_iter)
-    with record, stop:
+    with stop, record:
         keeper = Keeper(record, stop, model, optimizer, scaler, vars(flags), *schedule)
         say(f"going on after step {progress.step} in {folder}" if checkpoint else f"new: {folder}")
         try:

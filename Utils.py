@@ -2,6 +2,7 @@
 and processes."""
 
 import contextlib
+import errno
 import faulthandler
 import logging
 import math
@@ -215,10 +216,21 @@ def join_processes(devices):
 
 
 def say(text):
-    """Prints a line on the first process, above any progress bar."""
+    """Prints a line on the first process, above any progress bar. Whether it can be printed, on a
+    full disk or to a terminal that is gone, is nothing to the run."""
     if rank() == 0:
-        tqdm.write(str(text), file=sys.stdout)
+        with contextlib.suppress(OSError):
+            tqdm.write(str(text), file=sys.stdout)
+        flush_output()
+
+
+def flush_output():
+    """Lets standard output go where it can go; what nobody can read any more is dropped."""
+    try:
         sys.stdout.flush()
+    except OSError as error:
+        if error.errno in (errno.EPIPE, errno.EIO):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def write_atomically(path, content):
@@ -247,7 +259,8 @@ class Stopped(Exception):
         self.status = status
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # the last as SLURM is asked to
+# SIGUSR2 as SLURM is asked to; SIGHUP of a terminal that is closed.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 STOPPING = b"asked to stop: saving where the run can go on from (ask again: at once)\n"
 
 
@@ -259,7 +272,7 @@ class StopSignal:
         self.deadline, self.signal = deadline, 0
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.note) for number in STOP_SIGNALS}
+        self.before = {number: signal.signal(number, self.note) for number in heard()}
         return self
 
     def __exit__(self, *_):
@@ -274,10 +287,12 @@ class StopSignal:
             # Whatever hangs then: it says where, and ends the process.
             faulthandler.dump_traceback_later(self.deadline, exit=True)
             if rank() == 0 and multiprocessing.parent_process() is None:
-                os.write(1, STOPPING)  # which is safe in a handler
+                with contextlib.suppress(OSError):  # Ctrl-C ends a `| tee`, too
+                    os.write(1, STOPPING)  # which is safe in a handler
         elif number == self.signal and time.monotonic() - self.since > 1:
             # Within a second it is the same request, sent to a group and passed on by its parent.
-            os.write(2, b"error: asked to stop again: ended without saving\n")
+            with contextlib.suppress(OSError):
+                os.write(2, b"error: asked to stop again: ended without saving\n")
             os._exit(128 + number)
 
     def asked(self):
@@ -291,6 +306,12 @@ class StopSignal:
         sum_over_processes(asked)
         if asked[0]:
             raise Stopped("stopped", 130 if asked[1] else 0)
+
+
+def heard():
+    """The stop signals but for SIGHUP under nohup."""
+    left = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if not (left and number == signal.SIGHUP)]
 
 
 def launch(function, devices, *args):
@@ -315,7 +336,7 @@ def launch(function, devices, *args):
         signals_to_handle="none",
     )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices))))
-    for number in STOP_SIGNALS:
+    for number in heard():
         signal.signal(number, pass_on)
     # The processes inherit this, so that a stop waits until they can deal with it.
     resource_tracker.ensure_running()  # later, it would let the signals in again
@@ -327,22 +348,29 @@ def launch(function, devices, *args):
         try:
             elastic_launch(config, run_child)(function, os.getpid(), f"{folder}/said", *args)
         except ChildFailedError as error:
-            code = error.get_first_failure()[1].exitcode
-            sys.exit(code if code >= 0 else 128 - code)
+            number, failure = error.get_first_failure()
+            if failure.exitcode < 0:
+                killed = f"process {number} was ended by signal {-failure.exitcode}"
+                fail(f"{killed}; was it short of memory?", 128 - failure.exitcode)
+            sys.exit(failure.exitcode)
 
 
 def pass_on(number, _):
     """Passes a signal on to the processes that this one has started."""
-    os.write(1, STOPPING)
     for child in multiprocessing.active_children():
         with contextlib.suppress(ProcessLookupError):
             os.kill(child.pid, number)
+    with contextlib.suppress(OSError):
+        os.write(1, STOPPING)
 
 
 def pass_all_on():
     """A thread that passes on the signals that are blocked."""
     while True:
-        pass_on(signal.sigwait(STOP_SIGNALS), None)
+        number = signal.sigwait(STOP_SIGNALS)
+        while not multiprocessing.active_children():  # they are not started yet
+            time.sleep(0.1)
+        pass_on(number, None)
 
 
 def run_child(function, parent, said, *args):
@@ -382,9 +410,9 @@ def run_command(command, said=None):
     except RunError as error:
         fail(error, 1, said)
     except Stopped as stopped:
-        if rank() == 0:
-            print(stopped, flush=True)
-        sys.exit(stopped.status)
+        say(stopped)
+        # Others end well: a launcher would end the first one, too, which has yet to close files.
+        sys.exit(stopped.status if rank() == 0 else 0)
     except KeyboardInterrupt:
         fail("interrupted", 130, said)
     except Exception as error:
@@ -393,6 +421,8 @@ def run_command(command, said=None):
         if said is None:
             raise
         fail(f"in process {rank()}\n{traceback.format_exc()}", 1, said)
+    finally:
+        flush_output()
 
 
 def explain(error):
@@ -404,6 +434,8 @@ def explain(error):
             f"out of memory ({first}); lower --code_bs or --sp (sampling), --mini_bs or raise "
             "--accum (gradient steps), lower --eval_bs or --probe_bs_val (validation)"
         )
+    if "Connection closed by peer" in text or "Connection reset by peer" in text:
+        return "another process of this run has ended"
     if text.startswith("DataLoader worker"):
         return f"{first}; was it short of memory? Try fewer --num_workers"
     return None
@@ -414,7 +446,8 @@ def fail(message, status, said=None):
     with contextlib.suppress(FileExistsError):
         if said is not None:
             os.close(os.open(said, os.O_CREAT | os.O_EXCL))
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"error: {message}", file=sys.stderr, flush=True)
     end_workers()  # one that hangs would keep us from ending
     sys.exit(status)
 

@@ -3,6 +3,7 @@ facebookresearch/mae's layout, and made into a model."""
 
 import argparse
 import dataclasses
+import errno
 import hashlib
 import http.client
 import json
@@ -33,7 +34,7 @@ from Models import (
     build,
     sincos_position_embedding,
 )
-from Utils import InputError, say, write_atomically
+from Utils import InputError, RunError, say, write_atomically
 
 MAE_ADDRESS = "https://dl.fbaipublicfiles.com/mae/"
 PUBLISHED = {  # of facebookresearch/mae, CC-BY-NC 4.0; see its issues 3 and 8
@@ -198,6 +199,10 @@ def first_line(error):
 # Reading: tensors and plain data only.
 
 
+# Of a disk or a system, not of a file: it may be whole, and readable another time.
+PASSING = {errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE}
+
+
 def read_checkpoint(path, mmap=False):
     """The dict in a checkpoint of ours or of facebookresearch/mae, whose training files hold an
     argparse.Namespace; an InputError where it is missing, damaged, or wants to run code. mmap: the
@@ -218,6 +223,12 @@ def read_checkpoint(path, mmap=False):
         raise InputError(f"{path} was refused: {reason}") from None
     except InputError:
         raise
+    except MemoryError:
+        raise
+    except OSError as error:
+        if error.errno in PASSING:
+            raise RunError(f"{path} can't be read: {error.strerror}") from None
+        raise InputError(f"{path} is damaged, or no checkpoint ({error})") from None
     except Exception as error:  # whatever a foreign file makes torch's and zipfile's readers raise
         reason = f" ({type(error).__name__})"
         raise InputError(f"{path} is damaged, or no checkpoint{reason}") from None

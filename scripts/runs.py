@@ -1,6 +1,7 @@
 """Lists runs with their state and what they reached last, and draws them together: python
 scripts/runs.py FOLDER [FOLDER ...] [--plot FILE], folders of runs or that hold some."""
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -37,12 +38,14 @@ def state(run, records):
     if is_running(run):
         return "running"
     epochs_done = sum("pretrain/loss_tr" in record for record in records)
-    return "done" if epochs_done >= read_config(run).get("epochs", 0) else "stopped"
+    return "done" if epochs_done >= read_config(run).get("epochs", math.inf) else "stopped"
 
 
 def short_names(runs):
     """Names of runs without what they share in front."""
     names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        return list(map(str, runs))
     shared = len(os.path.commonprefix(names).rpartition("-")[0])
     return [name[shared:].strip("-") for name in names] if len(names) > 1 else names
 
