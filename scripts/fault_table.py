@@ -7,8 +7,8 @@ TESTS = Path(__file__).resolve().parent.parent / "tests/test_faults.py"
 HEAD = """# Faults and what becomes of a run
 
 Each row is a test of tests/test_faults.py, which injects the fault, into the real command where
-that can be, and checks the outcome; `python scripts/fault_table.py > docs/faults.md` makes this page
-of their names.
+that can be, and checks the outcome. `python scripts/fault_table.py > docs/faults.md` makes this
+page of their names.
 
 | fault | outcome |
 |---|---|"""
