@@ -336,12 +336,13 @@ def launch(function, devices, *args):
         signals_to_handle="none",
     )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices))))
-    for number in heard():
+    signals = heard()
+    for number in signals:
         signal.signal(number, pass_on)
     # The processes inherit this, so that a stop waits until they can deal with it.
     resource_tracker.ensure_running()  # later, it would let the signals in again
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    threading.Thread(target=pass_all_on, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    threading.Thread(target=pass_all_on, args=[signals], daemon=True).start()
     for name in ("distributed.elastic", "multiprocessing"):  # the processes speak for themselves
         logging.getLogger(f"torch.{name}").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
@@ -364,10 +365,10 @@ def pass_on(number, _):
         os.write(1, STOPPING)
 
 
-def pass_all_on():
-    """A thread that passes on the signals that are blocked."""
+def pass_all_on(signals):
+    """A thread that passes on these signals, which are blocked."""
     while True:
-        number = signal.sigwait(STOP_SIGNALS)
+        number = signal.sigwait(signals)
         while not multiprocessing.active_children():  # they are not started yet
             time.sleep(0.1)
         pass_on(number, None)
@@ -381,7 +382,7 @@ def run_child(function, parent, said, *args):
         run_command(partial(unblocked, function, *args), said)
     except SystemExit as ended:
         if ended.code:  # at once: torch's wrapper waits for its agent, which waits for it
-            sys.stdout.flush()
+            flush_output()
             os._exit(ended.code)
 
 

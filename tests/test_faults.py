@@ -2,6 +2,7 @@
 test_FAULT__OUTCOME; scripts/fault_table.py makes docs/faults.md of them."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -483,6 +484,17 @@ def test_any_bit_flipped_in_a_checkpoint__is_noticed_or_changes_nothing(tmp_path
     assert noticed > 300
 
 
+def test_an_error_of_the_disk_while_a_checkpoint_is_read__is_told_and_sets_none_aside(
+    copied, monkeypatch
+):
+    def broken(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(torch, "load", broken)
+    with pytest.raises(RunError, match="can't be read: Input/output error"):
+        Checkpoints.newest_checkpoint(run_folder(copied))
+
+
 def test_all_checkpoints_damaged__refused_rather_than_started_over(copied, tiny_run):
     final_path(run_folder(copied)).write_bytes(b"damaged")
     done = command(*RUN, "--save_folder", copied, check=False)
@@ -684,6 +696,25 @@ def test_Weights_and_Biases_without_key_or_network__costs_one_warning(tmp_path, 
     done = command(*flags, **environment)
     assert done.stdout.count("warning: Weights & Biases") == 1
     assert metrics(run_folder(tmp_path))[-1]["pretrain/step"] == 4
+
+
+@LINUX
+@pytest.mark.slow
+def test_one_process_of_two_is_killed__all_end_and_lines_say_which_and_by_what(tmp_path):
+    process = start([*RUN, "--processes", 2], tmp_path)
+    wait_for(process, "step 2:")
+    os.kill(rank_processes(process.pid)[1], signal.SIGKILL)
+    status, _, errors = end(process)
+    assert status == 128 + signal.SIGKILL and "Traceback" not in errors
+    assert "process 1 was ended by signal 9; was it short of memory?" in errors
+
+
+def test_standard_output_that_nobody_reads_any_more__the_run_goes_on(tiny_run, tmp_path):
+    process = start(RUN, tmp_path)
+    wait_for(process, "step 0:")
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == 0
+    assert_same_run(tiny_run, run_folder(tmp_path))
 
 
 @pytest.mark.slow
