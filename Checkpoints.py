@@ -30,7 +30,7 @@ def run_name(script, flags):
 
 # What may differ when a run goes on: where and how it computes, what it measures and keeps.
 CHANGEABLE = frozenset(
-    "gpus processes num_workers loader_timeout sample_dtype fp16 code_bs sp accum "
+    "data_val gpus processes num_workers loader_timeout sample_dtype fp16 code_bs sp accum "
     "fast_linear_probe val_n_way val_n_shot probe_lr probe_epochs probe_bs probe_bs_val "
     "probe_ignore_z probe_augs_per_image global_pool ex_for_mse_loss z_per_ex_loss eval_bs "
     "ex_for_vis_tr ex_for_vis_te z_per_ex_vis steps_per_eval get_mae_baseline save_folder suffix "
