@@ -130,8 +130,11 @@ class Keeper:
         """Writes the checkpoint, on the first process."""
         if rank() == 0:
             state = {"heads": self.heads.state_dict(), "progress": vars(progress)}
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(self.folder / "checkpoint.pt", state)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                save_checkpoint(self.folder / "checkpoint.pt", state)
+            except OSError as error:
+                say(f"warning: where the probe stands could not be saved ({error})")
         self.saved = time.monotonic()
 
     def after_step(self, progress):
