@@ -360,5 +360,6 @@ def test_a_run_that_fails_is_not_requeued(cluster, tmp_path):
     training = [*TRAINING, "--finetune", 1, "--mae_weights", tmp_path / "bad.pth"]
     job = cluster.submit(tmp_path, "--time", 1, "--nodes", 2, "--chunks", 3, training=training)
     ended = cluster.await_state(job, "FAILED")
-    assert (ended["Restarts"], ended["ExitCode"]) == ("0", "2:0")
+    assert ended["Restarts"] == "0"
+    assert ended["ExitCode"] in ("2:0", "143:0"), "of the task that ended, or of one ended for it"
     assert "error: --mae_weights: " in (tmp_path / f"slurm-{job}.out").read_text()
