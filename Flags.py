@@ -341,9 +341,7 @@ def check_flags(flags, patch_size):
     if flags.min_lr > flags.lr or (flags.min_lr > flags.lr_z and not flags.ignore_z):
         raise InputError(f"--min_lr {flags.min_lr}: must be at most --lr and --lr_z")
     n_processes = max(len(flags.gpus), int(os.environ.get("WORLD_SIZE", 1)))
-    if flags.mini_bs < n_processes:
-        shown = f"allowed is at least one image for each of {n_processes} processes"
-        raise InputError(f"--mini_bs {flags.mini_bs}: {shown}")
+    check_processes(flags.mini_bs, n_processes)
     if not re.fullmatch(r"[\w.+-]{1,64}", flags.uid, re.ASCII):
         raise InputError(f"--uid {flags.uid}: allowed are up to 64 letters, digits and . _ + -")
     if flags.mae_weights and not flags.finetune:
@@ -358,6 +356,13 @@ def check_flags(flags, patch_size):
             f"{', '.join(PUBLISHED)}); name others with --mae_weights, "
             "or train from scratch with --finetune 0"
         )
+
+
+def check_processes(mini_bs, n_processes):
+    """Refuses a minibatch that does not have an image for each process."""
+    if mini_bs < n_processes:
+        shown = f"allowed is at least one image for each of {n_processes} processes"
+        raise InputError(f"--mini_bs {mini_bs}: {shown}")
 
 
 def check_sampling(flags):

@@ -15,7 +15,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from Flags import Parser, real, resolve_flags, training_parser, whole  # noqa: E402 (the line above makes it importable)
+from Flags import (  # noqa: E402 (the line above makes it importable)
+    Parser,
+    check_processes,
+    real,
+    resolve_flags,
+    training_parser,
+    whole,
+)
 from Utils import InputError, run_command  # noqa: E402
 
 TEMPLATE = Path(__file__).with_name("slurm_template.sh")
@@ -102,9 +109,7 @@ def check_training(training, gpus_per_node, n_tasks):
     if given.gpus and gpus_per_node:
         raise InputError(f"--gpus cpu: needs --gpus_per_node 0, is {gpus_per_node}")
     flags = resolve_flags(given)
-    if flags.mini_bs < n_tasks:
-        shown = f"allowed is at least one image for each of {n_tasks} processes"
-        raise InputError(f"--mini_bs {flags.mini_bs}: {shown}")
+    check_processes(flags.mini_bs, n_tasks)
     return given, flags
 
 

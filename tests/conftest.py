@@ -12,6 +12,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import Models  # noqa: E402 (the line above makes it importable)
+
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 DEMO_DATA = ["--data_tr", "demo/mnist_train.tar", "--data_val", "demo/mnist_val.tar"]
 # Every size cut down, every code path kept; fp32 throughout, so that runs can be compared.
@@ -65,6 +67,21 @@ def final_path(folder):
 def final_state(folder):
     """What it holds."""
     return torch.load(final_path(folder), weights_only=True)
+
+
+def step_options(model, **options):
+    """The keywords of TrainIMLE.train_step, for a minibatch of six in one part."""
+    groups = Models.parameter_groups(model, 0.1)
+    return {
+        "optimizer": torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
+        "scaler": torch.amp.GradScaler("cpu", enabled=False),
+        "batch_size": 6,
+        "parts": 1,
+        "dtype": torch.float32,
+        "masking": {"mask_ratio": 0.75},
+        "clip_grad": 0.0,
+        **options,
+    }
 
 
 def assert_same_run(folder, other, tolerance=0.0):

@@ -24,11 +24,11 @@ from conftest import (
     final_state,
     metrics,
     run_folder,
+    step_options,
 )
 
 import Checkpoints
 import IO
-import Models
 import TrainIMLE
 import Utils
 import Weights
@@ -554,20 +554,6 @@ def test_a_loss_that_is_no_number__no_update_the_images_named_and_it_goes_on_fro
     assert_same_run(tiny_run, goes_on(tmp_path))
 
 
-def stepping(model, **options):
-    """The keywords of train_step."""
-    return {
-        "optimizer": torch.optim.AdamW(Models.parameter_groups(model, 0.1), fused=True),
-        "scaler": torch.amp.GradScaler("cpu", enabled=False),
-        "batch_size": 2,
-        "parts": 1,
-        "dtype": torch.float32,
-        "masking": {"mask_ratio": 0.75},
-        "clip_grad": 0.0,
-        **options,
-    }
-
-
 class TwoImages:
     """A minibatch of two random images."""
 
@@ -596,7 +582,10 @@ def broken_model(value):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_gradients_that_are_not_finite__no_update_and_the_images_named(value, clip_grad):
     model, before = broken_model(value)
-    rates, options = {"mae": 1e-3, "z": 1e-3}, stepping(model, clip_grad=clip_grad)
+    rates, options = (
+        {"mae": 1e-3, "z": 1e-3},
+        step_options(model, batch_size=2, clip_grad=clip_grad),
+    )
     with pytest.raises(RunError, match="after 7 gradient steps the training gradient's norm is"):
         TrainIMLE.train_step(model, TwoImages(), rates, **options)
     with pytest.raises(RunError, match="two.png"):
@@ -607,7 +596,7 @@ def test_gradients_that_are_not_finite__no_update_and_the_images_named(value, cl
 def test_overflow_in_float16__such_steps_are_left_out_counted_and_bounded():
     model, before = broken_model(float("inf"))
     scaler = torch.amp.GradScaler("cpu", enabled=True)
-    rates, options = {"mae": 1e-3, "z": 1e-3}, stepping(model, scaler=scaler)
+    rates, options = {"mae": 1e-3, "z": 1e-3}, step_options(model, batch_size=2, scaler=scaler)
     progress, scale = TrainIMLE.Progress(), scaler.get_scale()
     with pytest.raises(RunError, match="norm is"):
         for _ in range(100):

@@ -22,6 +22,7 @@ from conftest import (
     final_state,
     metrics,
     run_folder,
+    step_options,
 )
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -225,20 +226,6 @@ def make_batch(model, n=6, images=None):
     )
     codes = model.sample_codes(pool.seeds, 1)[:, 0]
     return Data.Batch(pool, torch.arange(n), codes, torch.arange(n), step=7)
-
-
-def step_options(model, **options):
-    groups = Models.parameter_groups(model, 0.1)
-    return {
-        "optimizer": torch.optim.AdamW(groups, betas=(0.9, 0.95)),
-        "scaler": torch.amp.GradScaler("cpu", enabled=False),
-        "batch_size": 6,
-        "parts": 1,
-        "dtype": torch.float32,
-        "masking": {"mask_ratio": 0.75},
-        "clip_grad": 0.0,
-        **options,
-    }
 
 
 @pytest.mark.parametrize("parts", [1, 3, 4])
