@@ -383,11 +383,12 @@ class Batch:
         return [self.pool.source.name(i) for i in self.pool.indices[self.whole].tolist()]
 
 
-def minibatches(pool, codes, steps, size, *, step=0, done=0):
+def minibatches(pool, codes, steps, size, *, code_free_share=0.0, step=0, done=0):
     """Yields the epoch's `steps` minibatches but for those `done`, the first of them as the run's
     gradient step `step`: shuffled passes over the pool, cut into `size`. codes: (pool, D) or
-    None."""
+    None; a code_free_share of the steps, evenly spaced, goes without."""
     seed = mix_seeds(pool.seed, Stream.MINIBATCH, pool.epoch)
     stream = even_indices(len(pool.indices), 0, steps * size, seed, pool.shuffle).view(steps, size)
     for number, whole in enumerate(stream[done:], step):
-        yield Batch(pool, whole[rank() :: world_size()], codes, whole, number)
+        free = int((number + 1) * code_free_share) > int(number * code_free_share)
+        yield Batch(pool, whole[rank() :: world_size()], None if free else codes, whole, number)

@@ -202,6 +202,9 @@ def training_parser():
         help="per image, with --sampler surrogate; -1: a fifth of --ns")
     add("--rs_epsilon", type=real(0), default=0.0, metavar="LOSS",
         help="RS-IMLE: a code nearer than this is chosen only where all are; 0: off")
+    add("--code_free_share", type=real(0, 0.99), default=0.0, metavar="SHARE",
+        help="of gradient steps, evenly spaced, taken without codes, as a plain MAE's: the network "
+        "that probes see then learns, too")
     add("--shuffle_data", **SWITCH, default=1, help="1: pools and minibatches in random order")
     add("--fix_mask_noise", **SWITCH, default=0, help="1: an image has the same mask in all epochs")
     add("--fp16", action=argparse.BooleanOptionalAction, default=True,
@@ -368,7 +371,11 @@ def check_processes(mini_bs, n_processes):
 def check_sampling(flags):
     """Refuses what makes no sense for the choice of codes."""
     if flags.ignore_z:
-        given = {"sampler": flags.sampler != "exhaustive", "rs_epsilon": flags.rs_epsilon > 0}
+        given = {
+            "sampler": flags.sampler != "exhaustive",
+            "rs_epsilon": flags.rs_epsilon > 0,
+            "code_free_share": flags.code_free_share > 0,
+        }
         for name in (name for name, is_given in given.items() if is_given):
             raise InputError(f"--{name}: with --ignore_z 1 no codes are chosen; leave it out")
     if flags.sampler == "exhaustive" and flags.tries != -1:

@@ -582,21 +582,30 @@ def parameter_groups(model, weight_decay):
     return list(groups.values())
 
 
+def pixels(pred, images, config):
+    """pred (N,K,L,P*P*3) in the units of images (N,3,H,W): predicted normalised patches get the
+    true ones' mean and deviation."""
+    if not config.norm_pix_loss:
+        return pred
+    mean, std = patch_statistics(patchify(images, config.patch_size)[:, None])
+    return pred * std + mean
+
+
+def paste(patches, images, mask):
+    """patches (N,K,L,P*P*3) pasted into images (N,3,H,W) where mask (N,L) is 1: (N,K,3,H,W)."""
+    patch_size = math.isqrt(patches.shape[-1] // 3)
+    grid = (images.shape[-2] // patch_size, images.shape[-1] // patch_size)
+    true = patchify(images, patch_size)[:, None]
+    return unpatchify(torch.where(mask[:, None, :, None].bool(), patches, true), grid)
+
+
 @torch.no_grad()
 def completions(model, images, mask_noise, codes, mask_ratio):
     """images (N,3,H,W) normalised, codes (N,K,D) or None -> pictures uint8 (N, 2 + K or 1, 3, H,
-    W): image, masked image, the completions with the visible patches pasted in. Predicted
-    normalised patches get the true ones' mean and deviation."""
-    patch_size, grid = model.config.patch_size, model.config.grid
+    W): image, masked image, the completions with the visible patches pasted in."""
     pred, mask = model(images, mask_noise, codes, mask_ratio)
     pred = pred.float() if codes is not None else pred[:, None].float()  # (N, K, L, P*P*3)
-    true = patchify(images, patch_size)[:, None]
-    if model.config.norm_pix_loss:
-        mean, std = patch_statistics(true)
-        pred = pred * std + mean
-    removed = mask[:, None, :, None].bool()
-    gray = normalize(images.new_full((1, 3, 1, 1), 128)).flatten().repeat(patch_size**2)
-    columns = [true, torch.where(removed, gray, true), torch.where(removed, pred, true)]
-    return denormalize(
-        unpatchify(torch.cat([c.expand(-1, -1, true.shape[2], -1) for c in columns], dim=1), grid)
-    )
+    gray = normalize(images.new_full((1, 3, 1, 1), 128)).flatten().repeat(pred.shape[-1] // 3)
+    masked = paste(gray.expand_as(pred[:, :1]), images, mask)
+    completed = paste(pixels(pred, images, model.config), images, mask)
+    return denormalize(torch.cat([images[:, None], masked, completed], dim=1))

@@ -66,6 +66,7 @@ def train(
     images_per_epoch,
     steps_per_epoch,
     batch_size,
+    code_free_share,
     pooling,
     sampling,
     stepping,
@@ -74,13 +75,15 @@ def train(
     """Trains the model on the loader's images by IMLE, from where `progress` stands. `validate` and
     `keeper`, which logs and saves, are told of every step and know what is due. pooling, sampling,
     stepping: keywords of the functions they go to, made in `loop_options`."""
-    network = distributed(model)
+    network = distributed(model, code_free_share)
     validate(model, progress)
     for epoch in range(progress.epoch, epochs):
         pool = Data.draw_pool(loader.images, images_per_epoch, epoch, **pooling)
         # Loads the pool's images; then IMLE: a code for each.
         codes = choose_pool_codes(model, pool, loader, progress, **sampling)
-        batches = Data.minibatches(pool, codes, steps_per_epoch, batch_size, **progress.place)
+        shape = (steps_per_epoch, batch_size)
+        place = {"code_free_share": code_free_share, **progress.place}
+        batches = Data.minibatches(pool, codes, *shape, **place)
         for batch in IO.watch(batches, "gradient steps", steps_per_epoch, unit="steps"):
             progress.step_done(*train_step(network, batch, rates(progress.step), **stepping))
             keeper.after_step(progress)
@@ -250,6 +253,7 @@ class Progress:
     sampled: dict = field(default_factory=dict)  # what to log about them
     losses: list = field(default_factory=list)  # of the present epoch's steps
     norms: list = field(default_factory=list)  # of their gradients
+    seconds: float = 0.0  # of choosing codes and training, without validation
 
     @property
     def place(self):
@@ -295,10 +299,16 @@ class Keeper:
     save_iter: int
 
     def __post_init__(self):
-        self.started = self.epoch_started = time.monotonic()
+        self.started = self.epoch_started = self.counted = time.monotonic()
         self.next_save = self.started + 60 * self.save_minutes
         self.epochs_here = 0  # since this process started
         self.owed = False  # a checkpoint that stays
+
+    def count_time(self, progress):
+        """Adds the time that has passed to progress.seconds, from which validations take theirs."""
+        now = time.monotonic()
+        progress.seconds += now - self.counted
+        self.counted = now
 
     def save(self, progress, keep=False):
         """Saves a checkpoint; `keep`: one that stays. An OSError where that fails."""
@@ -325,6 +335,7 @@ class Keeper:
 
     def save_last(self, progress):
         """Saves as the run ends, on all processes together; a RunError where that fails."""
+        self.count_time(progress)
         try:
             self.save(progress, self.owed)
         except OSError as error:
@@ -334,17 +345,20 @@ class Keeper:
     def after_step(self, progress):
         """Saves where save_minutes are over; a run that was asked to stop does it here."""
         self.stop.check()
+        self.count_time(progress)
         if time.monotonic() > self.next_save:
             self.try_to_save(progress)
 
     def after_epoch(self, progress, rates):
         """Logs the epoch that ends, and saves what is kept for good."""
+        self.count_time(progress)
         now = time.monotonic()
         values = {
             **progress.summary(),
             "pretrain/lr_mae": rates["mae"],
             "pretrain/lr_z": rates["z"],
             "time/epoch_seconds": now - self.epoch_started,
+            "time/training_seconds": progress.seconds,
         }
         self.record.log(progress.step, progress.epoch, values)
         progress.epoch_done()
@@ -362,10 +376,12 @@ class Keeper:
             self.try_to_save(progress, keep=True)
 
 
-def distributed(model):
+def distributed(model, code_free_share):
     """The model as gradient steps call it: gradients are averaged over the processes, if there are
-    several."""
-    return DistributedDataParallel(model) if world_size() > 1 else model
+    several. Steps without codes leave the injections unused, which DDP must look for."""
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(model, find_unused_parameters=code_free_share > 0)
 
 
 def learning_rates(step, *, lr, lr_z, min_lr, headstart, ramp, total, cycles):
@@ -402,6 +418,7 @@ def loop_options(flags, device, optimizer, scaler, stop, train_dtype, dtype, pro
         "images_per_epoch": flags.ex_per_epoch,
         "steps_per_epoch": flags.ipe,
         "batch_size": flags.mini_bs,
+        "code_free_share": flags.code_free_share,
         "pooling": {
             "seed": flags.seed,
             "shuffle": bool(flags.shuffle_data),

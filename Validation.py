@@ -91,11 +91,13 @@ class Validation:
             plain = self.validate(model, step, with_codes=False) if model.code_dim else values
             values |= {f"{key}_baseline": value for key, value in plain.items()}
         self.stop.check()  # which may have cut this validation short
-        values["time/validation_seconds"] = time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        times = {"time/validation_seconds": seconds, "time/training_seconds": progress.seconds}
+        progress.seconds -= seconds  # all that passes is added there, once it has passed
         progress.validated = step
-        self.record.log(step, progress.epoch, values)
+        self.record.log(step, progress.epoch, values | times)
         self.record.draw_curves()
-        say(summary(step, values))
+        say(summary(step, values | times))
 
     def validate(self, model, step, with_codes):
         """The metrics and pictures of one validation."""

@@ -715,6 +715,14 @@ def test_minibatches_are_whole_passes_in_exactly_sized_pieces(pool_size, size, s
         assert [batch.whole.tolist() for batch in rest] == batches[done:]
 
 
+@pytest.mark.parametrize(("share", "free"), [(0, []), (0.5, [3, 5, 7]), (0.25, [3, 7])])
+def test_a_share_of_the_steps_goes_without_codes_counted_over_epochs(share, free):
+    pool, codes = draw(4, 9, 0), torch.randn(9, 2)
+    batches = list(Data.minibatches(pool, codes, 8, 3, code_free_share=share, step=2, done=2))
+    assert [batch.step for batch in batches] == list(range(2, 8))
+    assert [batch.step for batch in batches if batch.to(torch.device("cpu"))[2] is None] == free
+
+
 def test_processes_share_a_minibatch_and_gather_images_noise_and_codes_by_row(monkeypatch):
     pool, codes = draw(4, 9, 0), torch.randn(9, 2)
     pool.images.random_(0, 256)

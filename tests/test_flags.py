@@ -31,7 +31,7 @@ DEFAULTS = """
     ex_for_mse_loss=2048 z_per_ex_loss=128 eval_bs=32 ex_for_vis_tr=8 ex_for_vis_te=8
     z_per_ex_vis=8 steps_per_eval=64 get_mae_baseline=1 save_iter=-1 save_minutes=10
     sample_dtype=auto processes=1 wandb=disabled save_folder=. seed=0 sampler=exhaustive tries=-1
-    rs_epsilon=0 decoder=self predict_ratio=1
+    rs_epsilon=0 code_free_share=0 decoder=self predict_ratio=1
     image_decoder=pillow skip_bad_images=0 loader_timeout=120 force_resume=0
 """  # of DESIGN.md, section 3; further ones stand in the test
 TWO_RUNS = """
@@ -243,6 +243,8 @@ REFUSED = [  # flags, and what the line says
     ("--sampler greedy", "--sampler: .*greedy.*exhaustive.*surrogate"),
     ("--sampler surrogate --ignore_z 1", "--sampler: with --ignore_z 1"),
     ("--rs_epsilon .1 --ignore_z 1", "--rs_epsilon: with --ignore_z 1"),
+    ("--code_free_share .5 --ignore_z 1", "--code_free_share: with --ignore_z 1"),
+    ("--code_free_share 1", "--code_free_share: '1' is not a number from 0 to 0.99"),
     ("--rs_epsilon -1", "--rs_epsilon: '-1' is not a number of at least 0"),
     ("--decoder crossed", "--decoder: .*crossed.*self.*cross"),
     ("--predict_ratio .5", "--predict_ratio 0.5: .*--decoder cross"),

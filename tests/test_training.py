@@ -382,6 +382,18 @@ def test_the_cross_decoder_and_the_surrogate_train_the_same_run_in_two_processes
     assert done.returncode == 2 and "--decoder was cross, is self" in done.stderr
 
 
+def test_steps_without_codes_train_the_same_run_in_two_processes_and_help_the_codeless(tmp_path):
+    losses = {}
+    for share, processes in ((0, 1), (0.5, 1), (0.5, 2)):
+        folder = tmp_path / f"{share}-{processes}"
+        flags = ["--adain_init", "original", "--code_free_share", share, "--processes", processes]
+        command(*TINY, *flags, "--save_folder", folder)
+        values = [r.get("pretrain/loss_te_no_z") for r in metrics(run_folder(folder))]
+        losses[share] = [value for value in values if value is not None][-1]
+    assert_same_run(*(run_folder(tmp_path / f"0.5-{n}") for n in (1, 2)), tolerance=1e-5)
+    assert losses[0.5] < losses[0]
+
+
 def test_a_plain_mae_samples_nothing_and_is_evaluated_as_one(tmp_path):
     command(*TINY, "--ignore_z", 1, "--epochs", 1, "--save_folder", tmp_path)
     records = metrics(run_folder(tmp_path))

@@ -1,0 +1,162 @@
+"""Draws what runs reached, one line for all seeds of an arm: accuracies and validation losses over
+gradient steps and over the time spent training; and prints where they end.
+
+python scripts/figure.py FOLDER --out figure.png, where runs have the uids ARM-SEED"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from Checkpoints import read_config  # noqa: E402 (the line above makes it importable)
+from Flags import Parser  # noqa: E402
+from IO import duration, read_metrics  # noqa: E402
+from Utils import InputError, run_command, write_atomically  # noqa: E402
+
+PANELS = {  # title -> {key in metrics.jsonl: (style, label)}
+    "linear probe, accuracy": {"fast_linear_probe/acc_te": ("-", "")},
+    "nearest neighbours, accuracy": {"fast_linear_probe/knn_te": ("-", "")},
+    "validation loss": {
+        "pretrain/loss_te": ("-", "mean over codes"),
+        "pretrain/loss_te_best": ("--", "best of codes"),
+        "pretrain/loss_te_no_z": (":", "without code"),
+    },
+}
+COLUMNS = {  # heading -> (key, format)
+    "probe": ("fast_linear_probe/acc_te", "{:.3f}"),
+    "k-NN": ("fast_linear_probe/knn_te", "{:.3f}"),
+    "loss, mean": ("pretrain/loss_te", "{:.3f}"),
+    "best": ("pretrain/loss_te_best", "{:.3f}"),
+    "no code": ("pretrain/loss_te_no_z", "{:.3f}"),
+    "spread": ("pretrain/code_spread", "{:.3f}"),
+    "steps": ("pretrain/step", "{:.0f}"),
+    "time": ("time/training_seconds", None),
+}
+
+
+def arms(folder):
+    """{arm: folders of its runs, by seed} of the runs under a folder that have the uids ARM-SEED;
+    an InputError where there is none."""
+    found = {}
+    for run in sorted(path.parent for path in Path(folder).rglob("metrics.jsonl")):
+        arm, _, seed = read_config(run).get("uid", "").rpartition("-")
+        if arm and seed.isdecimal():
+            found.setdefault(arm, {})[int(seed)] = run
+    if not found:
+        raise InputError(f"{folder}: no runs with a --uid of the form ARM-SEED there")
+    return {arm: [seeds[seed] for seed in sorted(seeds)] for arm, seeds in found.items()}
+
+
+def called(arms, words):
+    """The words ARM=NAME of a command line as {arm: name}, and the arms in their order, then the
+    others."""
+    names = dict(word.split("=", 1) for word in words if "=" in word)
+    order = [*(arm for arm in names if arm in arms), *(arm for arm in arms if arm not in names)]
+    return names, {arm: arms[arm] for arm in order}
+
+
+def validations(run):
+    """{step: record} of a run's validations."""
+    records = (r for r in read_metrics(run) if r.get("pretrain/loss_te") is not None)
+    return {record["pretrain/step"]: record for record in records}
+
+
+def together(runs, key, steps):
+    """The values of a key at these steps, (runs, steps)."""
+    return np.array([[run[step].get(key, np.nan) for step in steps] for run in runs], float)
+
+
+def draw(groups, names, path):
+    """Draws {arm: [validations of each seed]} to a picture at `path`."""
+    from matplotlib.figure import Figure  # slow to import; and Figure alone opens no windows
+
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    axes = figure.subplots(2, len(PANELS), sharey="col")
+    for column, (title, keys) in enumerate(PANELS.items()):
+        axes[0, column].set_title(title, fontsize=11)
+        for row, unit in enumerate(("gradient steps", "minutes of sampling and training")):
+            panel = axes[row, column]
+            panel.set_xlabel(unit)
+            panel.grid(alpha=0.3)
+            for number, runs in enumerate(groups.values()):
+                steps = sorted(set.intersection(*map(set, runs)))
+                minutes = together(runs, "time/training_seconds", steps).mean(0) / 60
+                x = minutes if row else steps
+                for key, (style, _) in keys.items():
+                    values = together(runs, key, steps)
+                    if "loss" in key:  # the untrained network's would hide the rest
+                        values[:, np.array(steps) == 0] = np.nan
+                    look = {"color": f"C{number}"}
+                    panel.plot(x, values.mean(0), style, marker=".", **look)
+                    panel.fill_between(x, values.min(0), values.max(0), alpha=0.15, lw=0, **look)
+        for style, label in keys.values():
+            if label:
+                axes[0, column].plot([], [], style, color="black", label=label)
+                axes[0, column].legend(fontsize=9)
+    lines = [axes[0, 0].plot([], [], color=f"C{n}")[0] for n in range(len(groups))]
+    n_seeds = sorted({len(runs) for runs in groups.values()})
+    shown = f"line: mean, band: range over {' to '.join(map(str, n_seeds))} seeds"
+    labels = [names.get(arm, arm) for arm in groups]
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, title=shown, frameon=False)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=90, format="png"))
+
+
+def table(groups, names):
+    """Prints where each arm ends, mean over seeds (range)."""
+    rows = [["run", "seeds", *COLUMNS]]
+    for arm, runs in groups.items():
+        last = [run[max(run)] for run in runs]
+        cells = [names.get(arm, arm), str(len(runs))]
+        for key, form in COLUMNS.values():
+            values = [record[key] for record in last if record.get(key) is not None]
+            if not values:
+                cells.append("-")
+            elif form is None:
+                cells.append(duration(sum(values) / len(values)))
+            elif min(values) == max(values):
+                cells.append(form.format(values[0]))
+            else:
+                mean, low, high = map(form.format, (np.mean(values), min(values), max(values)))
+                cells.append(f"{mean} ({low}-{high})")
+        rows.append(cells)
+    print_table(rows)
+
+
+def print_table(rows):
+    """Prints rows of text as a Markdown table."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for number, cells in enumerate(rows):
+        print("|", " | ".join(map(str.ljust, cells, widths)), "|")
+        if not number:
+            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+
+
+def start(args):
+    """Draws and prints what the flags ask for."""
+    names, runs_of = called(arms(args.folder), args.names)
+    groups = {arm: [validations(run) for run in runs] for arm, runs in runs_of.items()}
+    groups = {arm: [run for run in runs if run] for arm, runs in groups.items() if any(runs)}
+    if not groups:
+        raise InputError(f"{args.folder}: none of its runs has been validated yet")
+    table(groups, names)
+    if args.out:
+        draw(groups, names, Path(args.out))
+        print(f"drawn: {args.out}")
+
+
+def main(argv=None):
+    """Draws the figure and prints the table."""
+    parser = Parser(prog="figure.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", metavar="FOLDER", help="runs with the uids ARM-SEED lie under it")
+    parser.add_argument("--out", metavar="FILE", help="the picture; default: only the table")
+    parser.add_argument(
+        "--names", nargs="+", default=[], metavar="ARM=NAME", help="how arms are called"
+    )
+    args = parser.parse_args(argv)
+    run_command(lambda: start(args))
+
+
+if __name__ == "__main__":
+    main()

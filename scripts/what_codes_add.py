@@ -1,0 +1,326 @@
+"""What codes add, measured on runs with the uids ARM-SEED: how near the best of k completions comes
+to the image; how many classes the completions of one masked image show, and whether the true one is
+among them, as a classifier that was trained on whole images sees it. For comparison: an MAE's
+single completion, the same with noise of the codes' size, and a network with codes that was not
+trained.
+
+python scripts/what_codes_add.py FOLDER --out codes.png"""
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from figure import arms, called, print_table  # noqa: E402
+
+import Data  # noqa: E402 (the line above makes it importable)
+import Models  # noqa: E402
+from Augmentation import denormalize, normalize, transforms  # noqa: E402
+from Checkpoints import checkpoint_paths, read_config  # noqa: E402
+from Flags import Parser, real, whole  # noqa: E402
+from IO import load_model, picture_grid, watch  # noqa: E402
+from Utils import (  # noqa: E402
+    InputError,
+    Stream,
+    mix_seeds,
+    random_normal,
+    run_command,
+    say,
+    seeded,
+    write_atomically,
+)
+from Validation import examples, prepare  # noqa: E402
+
+NOISE, UNTRAINED = "MAE + noise", "untrained"
+IMAGES_PER_PASS = 8
+ROWS, COLUMNS = 8, 12  # of the picture of classes: images; classes, at most
+
+
+# -------------------------------------------------------------------------------------------------
+# The judge.
+
+
+def train_judge(images, labels, n_classes, seed, epochs=12, batch=64):
+    """A small convolutional network that classifies images uint8 (n, 3, H, W)."""
+    with seeded(seed):
+        judge = nn.Sequential(
+            *(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.AdaptiveMaxPool2d(4)),
+            *(nn.Flatten(), nn.Dropout(0.5), nn.Linear(128 * 16, n_classes)),
+        ).to(images.device, memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(judge.parameters())
+        n_batches = math.ceil(len(images) / batch)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, epochs * n_batches)
+        order = (i for _ in range(epochs) for i in torch.randperm(len(images)).split(batch))
+        for rows in watch(order, "judge", epochs * n_batches, unit="steps"):
+            optimizer.zero_grad()
+            F.cross_entropy(judge(normalize(images[rows])), labels[rows]).backward()
+            optimizer.step()
+            schedule.step()
+    return judge.eval()
+
+
+@torch.no_grad()
+def judged(judge, images):
+    """images (N, K, 3, H, W) normalised -> the judge's classes (N, K) and their probabilities."""
+    # As uint8 first: what is not a colour can't make it sure.
+    shown = normalize(denormalize(images)).flatten(0, 1)
+    shown = shown.contiguous(memory_format=torch.channels_last)
+    probabilities = torch.cat([judge(part).softmax(1) for part in shown.split(1024)])
+    return [x.unflatten(0, images.shape[:2]) for x in probabilities.max(1)[::-1]]
+
+
+# -------------------------------------------------------------------------------------------------
+# Completions, and what is measured of them.
+
+
+@torch.no_grad()
+def complete(models, mae, images, mask_noise, codes_per_image, mask_ratio, seeds):
+    """Yields (name, completions (N,K,L,P*P*3), mask): of each model of {name: model}, with the same
+    codes for every image; of the `mae` also with noise, value by value as large as the first
+    model's deviation over codes."""
+    deviation = None
+    for name, model in models.items():
+        codes = None
+        if model.code_dim:
+            codes = model.sample_codes(torch.zeros_like(seeds), codes_per_image)
+        pred, mask = model(images, mask_noise, codes, mask_ratio)
+        pred = pred if model.code_dim else pred[:, None]
+        if deviation is None and model.code_dim:
+            deviation = pred.std(1, keepdim=True)
+        yield name, pred, mask
+    if mae in models and deviation is not None:
+        pred, mask = models[mae](images, mask_noise, None, mask_ratio)
+        shape = (codes_per_image, *deviation.shape[2:])
+        counters = torch.arange(math.prod(shape), device=seeds.device)
+        noise = random_normal(mix_seeds(seeds, Stream.CODE)[:, None], counters).unflatten(1, shape)
+        yield NOISE, pred[:, None] + deviation * noise, mask
+
+
+def best_of(k, values):
+    """The mean, over all choices of k of the K values (N,K), of the lowest: (N,)."""
+    n = values.shape[1]
+    ways = [math.comb(n - 1 - i, k - 1) / math.comb(n, k) for i in range(n)]
+    return values.sort(1).values @ torch.tensor(ways, dtype=values.dtype)
+
+
+def shown_classes(k, counts, n):
+    """counts (N, C): how many of an image's n completions show each class -> the probabilities
+    (N, C) that at least one of k of them does, over all choices of k."""
+    ways = [1 - math.comb(n - count, k) / math.comb(n, k) for count in range(n + 1)]
+    return torch.tensor(ways, dtype=torch.float64)[counts]
+
+
+def measure(losses, spread, classes, labels, n_classes):
+    """What is drawn and printed about one way to complete images: losses (N,K), spread (N,) over
+    codes, classes (N,K), -1 where none is plausible, labels (N,)."""
+    n, k = losses.shape
+    ks = [2**i for i in range(k.bit_length()) if 2**i <= k]
+    counts = F.one_hot(classes + 1, n_classes + 1).sum(1)[:, 1:]  # (N, C)
+    shown = [shown_classes(i, counts, k) for i in ks]
+    wins = losses.argmin(1).bincount(minlength=k).double() / n
+    return {
+        "k": ks,
+        "loss": [best_of(i, losses.double()).mean().item() for i in ks],
+        "classes": [p.sum(1).mean().item() for p in shown],
+        "true": [p[torch.arange(n), labels].mean().item() for p in shown],
+        "plausible": (classes >= 0).double().mean().item(),
+        "spread": spread.mean().item(),
+        "winners": int((wins > 0).sum()),
+        "effective": torch.special.entr(wins).sum().exp().item(),
+    }
+
+
+@torch.no_grad()
+def class_cells(images, mask, pictures, mae, n_classes):
+    """Of each image a row of the picture of classes, uint8 (N, columns, 3, H, W): image, masked
+    image, the completion of `mae`, and of each class the first model's completion that shows it
+    best, gray where none does; and how many classes are shown (N,)."""
+    completed, classes, probabilities = next(iter(pictures.values()))
+    gray = normalize(torch.full_like(images[:, :1], 128).expand_as(images))
+    patches = Models.patchify(gray, math.isqrt(images[0, 0].numel() // mask.shape[1]))
+    columns = [images, Models.paste(patches[:, None], images, mask)[:, 0]]
+    columns += [pictures[mae][0][:, 0]] if mae in pictures else []
+    shows = classes[:, None] == torch.arange(n_classes, device=classes.device)[:, None]  # (N, C, K)
+    best = torch.where(shows, probabilities[:, None], -1).max(2)
+    found = completed[torch.arange(len(images))[:, None], best.indices]  # (N, C, 3, H, W)
+    found = torch.where((best.values >= 0)[..., None, None, None], found, gray[:, None])
+    cells = torch.cat([torch.stack(columns, dim=1), found[:, :COLUMNS]], dim=1)
+    return denormalize(cells).cpu(), (best.values >= 0).sum(1).cpu()
+
+
+# -------------------------------------------------------------------------------------------------
+# Runs of one seed, and all of them together.
+
+
+def load_models(runs, seed, device):
+    """{name: model} of the runs {arm: folder}, those with codes first, and one that was not
+    trained."""
+    models = {}
+    for arm, run in runs.items():
+        if not (paths := checkpoint_paths(run)):
+            raise InputError(f"{run}: no checkpoint there yet")
+        models[arm] = load_model(paths[0]).to(device).eval()
+    models = dict(sorted(models.items(), key=lambda item: item[1].code_dim == 0))
+    config = next(iter(models.values())).config
+    if not config.ip_spec:
+        raise InputError("no run with codes there")
+    with seeded(seed):  # the original start, where codes do something at once
+        untrained = Models.build(dataclasses.replace(config, adain_init="original"))
+    return models | {UNTRAINED: untrained.to(device).eval()}
+
+
+def measure_seed(runs, mae, args):
+    """{name: what `measure` gives} for the runs {arm: folder} of one seed; the judge's accuracy on
+    whole images; rows of the picture of classes, how many classes they show, the classes."""
+    flags = read_config(next(iter(runs.values())))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = load_models(runs, flags["seed"], device)
+    names = ("data_tr", "data_val", "seed", "image_decoder")
+    few = {"n_way": flags["train_n_way"], "n_shot": flags["train_n_shot"]}
+    images_tr, images_val = Data.open_pair(**{name: flags[name] for name in names}, **few)
+    transform = transforms(tuple(flags["input_size"]), flags["use_augs"])[1]
+    options = {"transform": transform, "seed": flags["seed"], "num_workers": flags["num_workers"]}
+
+    whole_images = examples(images_tr, len(images_tr), **options)
+    chunks = whole_images.loader.chunks(whole_images.indices, whole_images.seeds, 256)
+    images = torch.cat([part for _, part in watch(chunks, "loading", len(images_tr))]).to(device)
+    n_classes = len(images_tr.classes)
+    labels = torch.as_tensor(images_tr.targets).to(device)
+    judge = train_judge(images, labels, n_classes, flags["seed"])
+
+    chosen = examples(images_val, args.images, **options)
+    labels = torch.as_tensor(images_val.targets)[chosen.indices]
+    taken_for, parts, cells = [], {}, []
+    for rows, images in watch(
+        chosen.loader.chunks(chosen.indices, chosen.seeds, IMAGES_PER_PASS),
+        "completing",
+        len(chosen.indices),
+    ):
+        images, mask_noise, seeds = prepare(models[UNTRAINED], images, chosen.seeds[rows])
+        taken_for.append(judged(judge, images[:, None])[0][:, 0].cpu())
+        pictures = {}
+        how = (args.codes, flags["mask_ratio"], seeds)
+        for name, pred, mask in complete(models, mae, images, mask_noise, *how):
+            config = models[mae if name == NOISE else name].config
+            completed = Models.paste(Models.pixels(pred, images, config), images, mask)
+            classes, probabilities = judged(judge, completed)
+            classes = torch.where(probabilities >= args.plausible, classes, -1)
+            pictures[name] = (completed, classes, probabilities)
+            loss = Models.reconstruction_loss(pred, images, mask, config.norm_pix_loss)
+            spread = (pred.std(1, correction=0) * mask[..., None]).sum((1, 2))
+            spread = spread / mask.sum(1) / pred.shape[-1]
+            parts.setdefault(name, []).append([x.cpu() for x in (loss, spread, classes)])
+        cells.append(class_cells(images, mask, pictures, mae, n_classes))
+    measured = {
+        name: measure(*map(torch.cat, zip(*rows, strict=True)), labels, n_classes)
+        for name, rows in parts.items()
+    }
+    accuracy = (torch.cat(taken_for) == labels).double().mean().item()
+    return measured, accuracy, [*map(torch.cat, zip(*cells, strict=True)), images_tr.classes]
+
+
+PANELS = {  # title -> what `measure` calls it
+    "validation loss of the best of k": "loss",
+    "plausible classes among k completions": "classes",
+    "the true class is among them": "true",
+}
+
+
+def draw(results, names, path):
+    """Draws {name: [what `measure` gives, for each seed]} over k."""
+    from matplotlib.figure import Figure  # slow to import; and Figure alone opens no windows
+
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    panels = figure.subplots(1, len(PANELS))
+    for axes, (title, key) in zip(panels, PANELS.items(), strict=True):
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel("k, completions of one masked image")
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+        ks = max((seeds[0]["k"] for seeds in results.values()), key=len)
+        axes.set_xticks(ks, list(map(str, ks)))
+        for number, (name, seeds) in enumerate(results.items()):
+            if name == UNTRAINED:  # far from all others: in the table only
+                continue
+            values, label = np.array([seed[key] for seed in seeds]), names.get(name, name)
+            if values.shape[1] == 1:  # one completion: the same for every k
+                values, label = np.repeat(values, len(ks), axis=1), f"{label}, its single one"
+            look = {"color": f"C{number}", "ls": "-" if len(seeds[0]["k"]) > 1 else "--"}
+            axes.plot(ks, values.mean(0), marker=".", label=label, **look)
+            axes.fill_between(ks, values.min(0), values.max(0), alpha=0.15, lw=0, **look)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=90, format="png"))
+
+
+def table(results, names, n_codes):
+    """Prints {name: [what `measure` gives, for each seed]}, means over seeds."""
+    heads = ["loss of one", f"best of {n_codes}", "spread", "plausible", "classes", "true"]
+    rows = [["completions by", *heads, "codes that win"]]
+    for name, seeds in results.items():
+        mean = {
+            key: np.mean([np.ravel(seed[key])[[0, -1]] for seed in seeds], axis=0)
+            for key in seeds[0]
+        }
+        cells = [f"{mean['loss'][0]:.3f}", f"{mean['loss'][1]:.3f}", f"{mean['spread'][0]:.3f}"]
+        cells += [f"{mean['plausible'][0]:.1%}", f"{mean['classes'][1]:.2f}"]
+        cells += [f"{mean['true'][1]:.1%}"]
+        wins = f"{mean['winners'][0]:.0f} ({mean['effective'][0]:.0f})"
+        alone = len(seeds[0]["k"]) == 1 or name == NOISE
+        rows.append([names.get(name, name), *cells, "-" if alone else wins])
+    print_table(rows)
+
+
+def start(args):
+    """Measures each seed, draws and prints."""
+    names, runs_of = called(arms(args.folder), args.names)
+    seeds = [dict(zip(runs_of, runs, strict=True)) for runs in zip(*runs_of.values(), strict=False)]
+    results = {}
+    for number, runs in enumerate(seeds):
+        measured, accuracy, (cells, n_shown, classes) = measure_seed(runs, args.mae, args)
+        say(f"seed {number}: the judge knows {accuracy:.1%} of the whole validation images")
+        for name, values in measured.items():
+            results.setdefault(name, []).append(values)
+        if not number:
+            rows = n_shown.argsort(descending=True, stable=True)[:ROWS]
+            headers = ["image", "masked", *["MAE"] * (args.mae in runs), *classes[:COLUMNS]]
+            about = f"Of {args.codes} completions of an image, for each class that a judge sees "
+            about += f"with at least {args.plausible:.0%}, the one it is surest of; gray: none. "
+            about += f"The {ROWS} of {len(n_shown)} images with the most classes."
+            out = Path(args.out)
+            grid = picture_grid(cells[rows], headers, about, cell_height=64)
+            grid.save(out.with_name(f"{out.stem}_classes.png"))
+    draw(results, names, Path(args.out))
+    table(results, names, args.codes)
+
+
+def main(argv=None):
+    """Draws both pictures and prints the table."""
+    description = " ".join(__doc__.split("\n\n")[0].split())
+    parser = Parser(prog="what_codes_add.py", description=description)
+    add = parser.add_argument
+    # fmt: off
+    add("folder", metavar="FOLDER", help="runs with the uids ARM-SEED lie under it")
+    add("--out", default="codes.png", metavar="FILE",
+        help="the picture; beside it FILE_classes.png: completions by the class they show")
+    add("--codes", type=whole(2), default=128, metavar="N", help="completions of each image")
+    add("--images", type=whole(1), default=1000, metavar="N", help="validation images, at most")
+    add("--plausible", type=real(0, 1), default=0.9, metavar="P",
+        help="the judge's probability from which on a completion shows a class")
+    add("--mae", default="mae", metavar="ARM", help="the arm without codes")
+    add("--names", nargs="+", default=[], metavar="ARM=NAME", help="how arms are called")
+    # fmt: on
+    args = parser.parse_args(argv)
+    run_command(lambda: start(args))
+
+
+if __name__ == "__main__":
+    main()
