@@ -91,13 +91,14 @@ class Validation:
             plain = self.validate(model, step, with_codes=False) if model.code_dim else values
             values |= {f"{key}_baseline": value for key, value in plain.items()}
         self.stop.check()  # which may have cut this validation short
-        seconds = time.perf_counter() - start
-        times = {"time/validation_seconds": seconds, "time/training_seconds": progress.seconds}
-        progress.seconds -= seconds  # all that passes is added there, once it has passed
+        values["time/validation_seconds"] = time.perf_counter() - start
+        values["time/training_seconds"] = progress.seconds
         progress.validated = step
-        self.record.log(step, progress.epoch, values | times)
+        self.record.log(step, progress.epoch, values)
         self.record.draw_curves()
-        say(summary(step, values | times))
+        say(summary(step, values))
+        # All time that has passed is added there with the next step.
+        progress.seconds -= time.perf_counter() - start
 
     def validate(self, model, step, with_codes):
         """The metrics and pictures of one validation."""

@@ -19,3 +19,8 @@ done | bash scripts/train_many.sh \
     --adain_init identity --latent_dim 32 --mapping_net_layers 3 --mapping_net_h_dim 64 --ns 16 \
     --steps_per_eval 250 --z_per_ex_loss 32 --val_n_shot 400 --probe_bs 128 --probe_epochs 50 \
     --save_minutes 1 "$@" --save_folder "$OUT"
+
+set -- "$OUT" --names mae=MAE imle=IMLE "half=IMLE, every second step without codes"
+python scripts/figure.py "$@" --out "$OUT/figure.png"
+python scripts/what_codes_add.py "$@" --out "$OUT/codes.png"
+echo "Pictures: $OUT/figure.png, $OUT/codes.png, $OUT/codes_classes.png"

@@ -29,6 +29,7 @@ from IO import load_model, picture_grid, watch  # noqa: E402
 from Utils import (  # noqa: E402
     InputError,
     Stream,
+    fastest_dtype,
     mix_seeds,
     random_normal,
     run_command,
@@ -40,6 +41,7 @@ from Validation import examples, prepare  # noqa: E402
 
 NOISE, UNTRAINED = "MAE + noise", "untrained"
 IMAGES_PER_PASS = 8
+JUDGE_IMAGES = 50_000  # that the judge learns from, at most
 ROWS, COLUMNS = 8, 12  # of the picture of classes: images; classes, at most
 
 
@@ -47,14 +49,15 @@ ROWS, COLUMNS = 8, 12  # of the picture of classes: images; classes, at most
 # The judge.
 
 
-def train_judge(images, labels, n_classes, seed, epochs=12, batch=64):
+def train_judge(images, labels, n_classes, seed, batch=64):
     """A small convolutional network that classifies images uint8 (n, 3, H, W)."""
+    epochs = min(20, max(1, round(80_000 / len(images))))
     with seeded(seed):
         judge = nn.Sequential(
-            *(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.AdaptiveMaxPool2d(4)),
-            *(nn.Flatten(), nn.Dropout(0.5), nn.Linear(128 * 16, n_classes)),
+            *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveMaxPool2d(4)),
+            *(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64 * 16, n_classes)),
         ).to(images.device, memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(judge.parameters())
         n_batches = math.ceil(len(images) / batch)
@@ -65,16 +68,25 @@ def train_judge(images, labels, n_classes, seed, epochs=12, batch=64):
             F.cross_entropy(judge(normalize(images[rows])), labels[rows]).backward()
             optimizer.step()
             schedule.step()
-    return judge.eval()
+    return Models.in_precision(judge.eval(), fastest_dtype(images.device))
+
+
+def make_judge(images, device, options):
+    """A judge of a data set's classes. options: keywords of Validation.examples."""
+    chosen = examples(images, JUDGE_IMAGES, **options)
+    chunks = chosen.loader.chunks(chosen.indices, chosen.seeds, 256)
+    parts = [part for _, part in watch(chunks, "loading", len(chosen.indices))]
+    labels = torch.as_tensor(images.targets)[chosen.indices].to(device)
+    return train_judge(torch.cat(parts).to(device), labels, len(images.classes), options["seed"])
 
 
 @torch.no_grad()
 def judged(judge, images):
     """images (N, K, 3, H, W) normalised -> the judge's classes (N, K) and their probabilities."""
     # As uint8 first: what is not a colour can't make it sure.
-    shown = normalize(denormalize(images)).flatten(0, 1)
+    shown = normalize(denormalize(images)).flatten(0, 1).to(next(judge.parameters()).dtype)
     shown = shown.contiguous(memory_format=torch.channels_last)
-    probabilities = torch.cat([judge(part).softmax(1) for part in shown.split(1024)])
+    probabilities = torch.cat([judge(part).float().softmax(1) for part in shown.split(256)])
     return [x.unflatten(0, images.shape[:2]) for x in probabilities.max(1)[::-1]]
 
 
@@ -93,7 +105,7 @@ def complete(models, mae, images, mask_noise, codes_per_image, mask_ratio, seeds
         if model.code_dim:
             codes = model.sample_codes(torch.zeros_like(seeds), codes_per_image)
         pred, mask = model(images, mask_noise, codes, mask_ratio)
-        pred = pred if model.code_dim else pred[:, None]
+        pred = (pred if model.code_dim else pred[:, None]).float()
         if deviation is None and model.code_dim:
             deviation = pred.std(1, keepdim=True)
         yield name, pred, mask
@@ -102,7 +114,7 @@ def complete(models, mae, images, mask_noise, codes_per_image, mask_ratio, seeds
         shape = (codes_per_image, *deviation.shape[2:])
         counters = torch.arange(math.prod(shape), device=seeds.device)
         noise = random_normal(mix_seeds(seeds, Stream.CODE)[:, None], counters).unflatten(1, shape)
-        yield NOISE, pred[:, None] + deviation * noise, mask
+        yield NOISE, pred[:, None].float() + deviation * noise, mask
 
 
 def best_of(k, values):
@@ -168,14 +180,16 @@ def load_models(runs, seed, device):
     for arm, run in runs.items():
         if not (paths := checkpoint_paths(run)):
             raise InputError(f"{run}: no checkpoint there yet")
-        models[arm] = load_model(paths[0]).to(device).eval()
+        models[arm] = load_model(paths[0])
     models = dict(sorted(models.items(), key=lambda item: item[1].code_dim == 0))
     config = next(iter(models.values())).config
     if not config.ip_spec:
         raise InputError("no run with codes there")
     with seeded(seed):  # the original start, where codes do something at once
         untrained = Models.build(dataclasses.replace(config, adain_init="original"))
-    return models | {UNTRAINED: untrained.to(device).eval()}
+    models |= {UNTRAINED: untrained}
+    dtype = fastest_dtype(device)
+    return {name: Models.in_precision(m.to(device).eval(), dtype) for name, m in models.items()}
 
 
 def measure_seed(runs, mae, args):
@@ -190,14 +204,8 @@ def measure_seed(runs, mae, args):
     transform = transforms(tuple(flags["input_size"]), flags["use_augs"])[1]
     options = {"transform": transform, "seed": flags["seed"], "num_workers": flags["num_workers"]}
 
-    whole_images = examples(images_tr, len(images_tr), **options)
-    chunks = whole_images.loader.chunks(whole_images.indices, whole_images.seeds, 256)
-    images = torch.cat([part for _, part in watch(chunks, "loading", len(images_tr))]).to(device)
-    n_classes = len(images_tr.classes)
-    labels = torch.as_tensor(images_tr.targets).to(device)
-    judge = train_judge(images, labels, n_classes, flags["seed"])
-
-    chosen = examples(images_val, args.images, **options)
+    judge, n_classes = make_judge(images_tr, device, options), len(images_tr.classes)
+    chosen = examples(images_val, args.images or flags["ex_for_mse_loss"], **options)
     labels = torch.as_tensor(images_val.targets)[chosen.indices]
     taken_for, parts, cells = [], {}, []
     for rows, images in watch(
@@ -312,7 +320,8 @@ def main(argv=None):
     add("--out", default="codes.png", metavar="FILE",
         help="the picture; beside it FILE_classes.png: completions by the class they show")
     add("--codes", type=whole(2), default=128, metavar="N", help="completions of each image")
-    add("--images", type=whole(1), default=1000, metavar="N", help="validation images, at most")
+    add("--images", type=whole(1), metavar="N",
+        help="validation images, at most; default: as the runs, --ex_for_mse_loss")
     add("--plausible", type=real(0, 1), default=0.9, metavar="P",
         help="the judge's probability from which on a completion shows a class")
     add("--mae", default="mae", metavar="ARM", help="the arm without codes")
