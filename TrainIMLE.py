@@ -64,27 +64,23 @@ def train(
     *,
     epochs,
     images_per_epoch,
-    steps_per_epoch,
-    batch_size,
-    code_free_share,
     pooling,
     sampling,
+    batching,
     stepping,
     rates,
 ):
     """Trains the model on the loader's images by IMLE, from where `progress` stands. `validate` and
     `keeper`, which logs and saves, are told of every step and know what is due. pooling, sampling,
-    stepping: keywords of the functions they go to, made in `loop_options`."""
-    network = distributed(model, code_free_share)
+    batching, stepping: keywords of the functions they go to, made in `loop_options`."""
+    network = distributed(model, batching["code_free_share"])
     validate(model, progress)
     for epoch in range(progress.epoch, epochs):
         pool = Data.draw_pool(loader.images, images_per_epoch, epoch, **pooling)
         # Loads the pool's images; then IMLE: a code for each.
         codes = choose_pool_codes(model, pool, loader, progress, **sampling)
-        shape = (steps_per_epoch, batch_size)
-        place = {"code_free_share": code_free_share, **progress.place}
-        batches = Data.minibatches(pool, codes, *shape, **place)
-        for batch in IO.watch(batches, "gradient steps", steps_per_epoch, unit="steps"):
+        batches = Data.minibatches(pool, codes, **batching, **progress.place)
+        for batch in IO.watch(batches, "gradient steps", batching["steps"], unit="steps"):
             progress.step_done(*train_step(network, batch, rates(progress.step), **stepping))
             keeper.after_step(progress)
             validate(model, progress)
@@ -416,9 +412,6 @@ def loop_options(flags, device, optimizer, scaler, stop, train_dtype, dtype, pro
     return {
         "epochs": flags.epochs,
         "images_per_epoch": flags.ex_per_epoch,
-        "steps_per_epoch": flags.ipe,
-        "batch_size": flags.mini_bs,
-        "code_free_share": flags.code_free_share,
         "pooling": {
             "seed": flags.seed,
             "shuffle": bool(flags.shuffle_data),
@@ -436,6 +429,11 @@ def loop_options(flags, device, optimizer, scaler, stop, train_dtype, dtype, pro
             **masking,
             "forecast": IO.Forecast(device, (flags.epochs - progress.epoch) * flags.ex_per_epoch),
             "stop": stop,
+        },
+        "batching": {
+            "steps": flags.ipe,
+            "size": flags.mini_bs,
+            "code_free_share": flags.code_free_share,
         },
         "stepping": {
             "optimizer": optimizer,
