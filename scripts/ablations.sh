@@ -11,12 +11,14 @@ cd "$(dirname "$0")/.."
 settings() {
     cat << 'END'
 mae --ignore_z 1
+mae_1500_steps --ignore_z 1 --epochs 12
 mae_as_long --ignore_z 1 --epochs 16
 imle
 half_code_free --code_free_share .5
 decoder --ip_spec 4 adain --epochs 8
 all_encoder_blocks --ip_spec 0 adain 1 adain 2 adain 3 adain --epochs 4
 original --adain_init original
+all_defaults --adain_init original --lr_z 1e-4 --latent_dim 512 --mapping_net_layers 8 --mapping_net_h_dim 512 --epochs 5
 original_lrmul_1 --adain_init original --mapping_net_lrmul 1
 mask_.9_mae --ignore_z 1 --mask_ratio .9
 mask_.9 --mask_ratio .9
@@ -50,4 +52,4 @@ for seed in $SEEDS; do
 done | bash scripts/train_many.sh --epochs 6 --lr 3e-4 --lr_z 2e-3 --ns 16 \
     --adain_init identity --latent_dim 32 --mapping_net_layers 3 --mapping_net_h_dim 64 "$@" --save_folder "$OUT"
 
-python scripts/figure.py "$OUT"
+python scripts/figure.py "$OUT" --names start=start $(settings | sed "s/ .*//; s/.*/&=&/")

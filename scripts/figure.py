@@ -91,14 +91,13 @@ def draw(groups, names, path):
                     look = {"color": f"C{number}"}
                     panel.plot(x, values.mean(0), style, marker=".", **look)
                     panel.fill_between(x, values.min(0), values.max(0), alpha=0.15, lw=0, **look)
-        for style, label in keys.values():
-            if label:
-                axes[0, column].plot([], [], style, color="black", label=label)
-                axes[0, column].legend(fontsize=9)
     lines = [axes[0, 0].plot([], [], color=f"C{n}")[0] for n in range(len(groups))]
     n_seeds = sorted({len(runs) for runs in groups.values()})
     shown = f"line: mean, band: range over {' to '.join(map(str, n_seeds))} seeds"
     labels = [names.get(arm, arm) for arm in groups]
+    for style, label in PANELS["validation loss"].values():
+        lines += axes[0, 0].plot([], [], style, color="black")
+        labels.append(f"loss, {label}")
     figure.legend(lines, labels, loc="outside lower center", ncols=4, title=shown, frameon=False)
     write_atomically(path, lambda file: figure.savefig(file, dpi=90, format="png"))
 
