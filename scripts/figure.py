@@ -37,8 +37,8 @@ COLUMNS = {  # heading -> (key, format)
 
 
 def arms(folder):
-    """{arm: folders of its runs, by seed} of the runs under a folder that have the uids ARM-SEED;
-    an InputError where there is none."""
+    """{arm: {seed: folder}} of the runs under a folder that have the uids ARM-SEED; an InputError
+    where there is none."""
     found = {}
     for run in sorted(path.parent for path in Path(folder).rglob("metrics.jsonl")):
         arm, _, seed = read_config(run).get("uid", "").rpartition("-")
@@ -46,7 +46,7 @@ def arms(folder):
             found.setdefault(arm, {})[int(seed)] = run
     if not found:
         raise InputError(f"{folder}: no runs with a --uid of the form ARM-SEED there")
-    return {arm: [seeds[seed] for seed in sorted(seeds)] for arm, seeds in found.items()}
+    return found
 
 
 def called(arms, words):
@@ -135,7 +135,7 @@ def print_table(rows):
 def start(args):
     """Draws and prints what the flags ask for."""
     names, runs_of = called(arms(args.folder), args.names)
-    groups = {arm: [validations(run) for run in runs] for arm, runs in runs_of.items()}
+    groups = {arm: [validations(run) for run in runs.values()] for arm, runs in runs_of.items()}
     groups = {arm: [run for run in runs if run] for arm, runs in groups.items() if any(runs)}
     if not groups:
         raise InputError(f"{args.folder}: none of its runs has been validated yet")

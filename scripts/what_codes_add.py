@@ -290,16 +290,19 @@ def table(results, names, n_codes):
 def start(args):
     """Measures each seed, draws and prints."""
     names, runs_of = called(arms(args.folder), args.names)
-    seeds = [dict(zip(runs_of, runs, strict=True)) for runs in zip(*runs_of.values(), strict=False)]
-    results = {}
-    for number, runs in enumerate(seeds):
+    seeds, results = sorted(set.intersection(*map(set, runs_of.values()))), {}
+    if not seeds:
+        raise InputError(f"{args.folder}: no seed of which there is a run of each arm")
+    for seed in seeds:
+        runs = {arm: folders[seed] for arm, folders in runs_of.items()}
         measured, accuracy, (cells, n_shown, classes) = measure_seed(runs, args.mae, args)
-        say(f"seed {number}: the judge knows {accuracy:.1%} of the whole validation images")
+        say(f"seed {seed}: the judge knows {accuracy:.1%} of the whole validation images")
         for name, values in measured.items():
             results.setdefault(name, []).append(values)
-        if not number:
+        if seed == seeds[0]:
             rows = n_shown.argsort(descending=True, stable=True)[:ROWS]
-            headers = ["image", "masked", *["MAE"] * (args.mae in runs), *classes[:COLUMNS]]
+            headers = ["image", "masked", *["MAE"] * (args.mae in runs)]
+            headers += [name[:9] for name in classes[:COLUMNS]]
             about = f"Of {args.codes} completions of an image, for each class that a judge sees "
             about += f"with at least {args.plausible:.0%}, the one it is surest of; gray: none. "
             about += f"The {ROWS} of {len(n_shown)} images with the most classes."

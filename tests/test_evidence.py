@@ -58,7 +58,7 @@ def test_the_figure_s_table_has_means_and_ranges_over_seeds(tmp_path, capsys):
     figure.main([str(tmp_path), "--names", "b=mine", "--out", str(tmp_path / "figure.png")])
     _, _, first, second, _ = capsys.readouterr().out.splitlines()
     assert first.startswith("| mine | 1 ") and second.startswith("| a    | 2 ")
-    losses = [metrics(run)[-2]["pretrain/loss_te"] for run in arms["a"]]
+    losses = [metrics(run)[-2]["pretrain/loss_te"] for run in arms["a"].values()]
     low, high = sorted(losses)
     assert f"{sum(losses) / 2:.3f} ({low:.3f}-{high:.3f})" in second
     assert (tmp_path / "figure.png").stat().st_size > 10_000
