@@ -86,6 +86,14 @@ class Validation:
         if not due or progress.validated == step:
             return
         start = time.perf_counter()
+        try:
+            self.record_validation(model, progress, start)
+        finally:  # all time that has passed is added there with the next step, or the last save
+            progress.seconds -= time.perf_counter() - start
+
+    def record_validation(self, model, progress, start):
+        """Validates, logs and draws; a Stopped where the run was asked to stop meanwhile."""
+        step = progress.step
         values = self.validate(model, step, with_codes=model.code_dim > 0)
         if step == 0 and self.baseline:
             plain = self.validate(model, step, with_codes=False) if model.code_dim else values
@@ -97,8 +105,6 @@ class Validation:
         self.record.log(step, progress.epoch, values)
         self.record.draw_curves()
         say(summary(step, values))
-        # All time that has passed is added there with the next step.
-        progress.seconds -= time.perf_counter() - start
 
     def validate(self, model, step, with_codes):
         """The metrics and pictures of one validation."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What matters in IMLE: many settings, each from the weights of the same MAE and for about the same time; an hour and a half on
 # 2 CPU cores. Go on after an interruption: the same command. Flags are passed on, and the settings override them;
-# ONLY="imle|mae" does only these.
+# ONLY="imle|mae" does only these. Flags go to IMLE and MAE alike.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
@@ -47,7 +47,7 @@ done | bash scripts/train_many.sh "$@" --ignore_z 1 --finetune 0 --epochs 16 --l
 for seed in $SEEDS; do
     weights=$(ls "$OUT"/start/models/*-start-"$seed"/checkpoints/step_*.pt | tail -n 1)
     settings | grep -E "^($ONLY)( |\$)" | while read -r name flags; do
-        echo "--mae_weights $weights --seed $seed $flags --uid $name-$seed"
+        echo "--mae_weights \"$weights\" --seed $seed $flags --uid $name-$seed"
     done
 done | bash scripts/train_many.sh --epochs 6 --lr 3e-4 --lr_z 2e-3 --ns 16 \
     --adain_init identity --latent_dim 32 --mapping_net_layers 3 --mapping_net_h_dim 64 "$@" --save_folder "$OUT"

@@ -38,12 +38,14 @@ COLUMNS = {  # heading -> (key, format)
 
 def arms(folder):
     """{arm: {seed: folder}} of the runs under a folder that have the uids ARM-SEED; an InputError
-    where there is none."""
+    where there is none, or two have the same."""
     found = {}
     for run in sorted(path.parent for path in Path(folder).rglob("metrics.jsonl")):
         arm, _, seed = read_config(run).get("uid", "").rpartition("-")
         if arm and seed.isdecimal():
-            found.setdefault(arm, {})[int(seed)] = run
+            other = found.setdefault(arm, {}).setdefault(int(seed), run)
+            if other != run:
+                raise InputError(f"{folder}: two runs are called {arm}-{seed}: {other}, {run}")
     if not found:
         raise InputError(f"{folder}: no runs with a --uid of the form ARM-SEED there")
     return found
@@ -52,9 +54,17 @@ def arms(folder):
 def called(arms, words):
     """The words ARM=NAME of a command line as {arm: name}, and the arms in their order, then the
     others."""
-    names = dict(word.split("=", 1) for word in words if "=" in word)
+    if wrong := [word for word in words if "=" not in word]:
+        raise InputError(f"--names {wrong[0]}: expected ARM=NAME")
+    names = dict(word.split("=", 1) for word in words)
     order = [*(arm for arm in names if arm in arms), *(arm for arm in arms if arm not in names)]
     return names, {arm: arms[arm] for arm in order}
+
+
+def check_folder(out):
+    """Refuses a picture's name whose folder is not there."""
+    if out and not Path(out).parent.is_dir():
+        raise InputError(f"--out {out}: no folder {Path(out).parent}")
 
 
 def validations(run):
@@ -135,6 +145,7 @@ def print_table(rows):
 def start(args):
     """Draws and prints what the flags ask for."""
     names, runs_of = called(arms(args.folder), args.names)
+    check_folder(args.out)
     groups = {arm: [validations(run) for run in runs.values()] for arm, runs in runs_of.items()}
     groups = {arm: [run for run in runs if run] for arm, runs in groups.items() if any(runs)}
     if not groups:

@@ -17,7 +17,7 @@ import Data  # noqa: E402 (the line above makes it importable)
 import Models  # noqa: E402
 import TrainIMLE  # noqa: E402
 from Augmentation import normalize, transforms  # noqa: E402
-from Flags import Parser, real, whole  # noqa: E402
+from Flags import Parser, check_mask_ratio, real, whole  # noqa: E402
 from IO import load_model, picture_grid  # noqa: E402
 from Samplers import ranks  # noqa: E402
 from Utils import InputError, run_command, write_atomically  # noqa: E402
@@ -150,6 +150,7 @@ def start(args):
     model = load_model(args.model).eval()
     if not model.code_dim:
         raise InputError(f"{args.model}: a model without codes")
+    check_mask_ratio(args.mask_ratio, math.prod(model.config.grid))
     pool = open_pool(args.data_tr, args.images, model, args.seed)
     draw_masks(model, pool, args.mask_ratio, out / "masks.png")
     before, plain = losses_of_codes(model, pool, args.codes, args.mask_ratio)
@@ -175,7 +176,7 @@ def main(argv=None):
     add("model", metavar="MODEL", help=f"with codes: {SOURCES}")
     add("--data_tr", default="demo/mnist_train.tar", metavar="PATH", help="training images")
     add("--out", default="docs/how_it_works", metavar="FOLDER", help="of the pictures")
-    add("--images", type=whole(ROWS), default=256, metavar="N", help="in the pool")
+    add("--images", type=whole(SHOWN), default=256, metavar="N", help="in the pool")
     add("--codes", type=whole(2), default=128, metavar="N", help="tried for each image")
     add("--steps", type=whole(1), default=64, metavar="N", help="gradient steps")
     add("--lr", type=real(0), default=3e-4, metavar="RATE", help="of these steps")

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from figure import arms, called, print_table  # noqa: E402
+from figure import arms, called, check_folder, print_table  # noqa: E402
 
 import Data  # noqa: E402 (the line above makes it importable)
 import Models  # noqa: E402
@@ -135,7 +135,7 @@ def measure(losses, spread, classes, labels, n_classes):
     """What is drawn and printed about one way to complete images: losses (N,K), spread (N,) over
     codes, classes (N,K), -1 where none is plausible, labels (N,)."""
     n, k = losses.shape
-    ks = [2**i for i in range(k.bit_length()) if 2**i <= k]
+    ks = [2**i for i in range(k.bit_length()) if 2**i < k] + [k]
     counts = F.one_hot(classes + 1, n_classes + 1).sum(1)[:, 1:]  # (N, C)
     shown = [shown_classes(i, counts, k) for i in ks]
     wins = losses.argmin(1).bincount(minlength=k).double() / n
@@ -163,10 +163,17 @@ def class_cells(images, mask, pictures, mae, n_classes):
     columns += [pictures[mae][0][:, 0]] if mae in pictures else []
     shows = classes[:, None] == torch.arange(n_classes, device=classes.device)[:, None]  # (N, C, K)
     best = torch.where(shows, probabilities[:, None], -1).max(2)
-    found = completed[torch.arange(len(images))[:, None], best.indices]  # (N, C, 3, H, W)
-    found = torch.where((best.values >= 0)[..., None, None, None], found, gray[:, None])
-    cells = torch.cat([torch.stack(columns, dim=1), found[:, :COLUMNS]], dim=1)
+    numbers, shown = best.indices[:, :COLUMNS], best.values[:, :COLUMNS] >= 0
+    found = completed[torch.arange(len(images))[:, None], numbers]  # (N, columns, 3, H, W)
+    found = torch.where(shown[..., None, None, None], found, gray[:, None])
+    cells = torch.cat([torch.stack(columns, dim=1), found], dim=1)
     return denormalize(cells).cpu(), (best.values >= 0).sum(1).cpu()
+
+
+def most_classes(cells, n_shown):
+    """The ROWS images that show the most classes."""
+    rows = n_shown.argsort(descending=True, stable=True)[:ROWS]
+    return cells[rows], n_shown[rows]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -194,13 +201,17 @@ def load_models(runs, seed, device):
 
 def measure_seed(runs, mae, args):
     """{name: what `measure` gives} for the runs {arm: folder} of one seed; the judge's accuracy on
-    whole images; rows of the picture of classes, how many classes they show, the classes."""
+    whole images; rows of the picture of classes, the number of images, the classes."""
     flags = read_config(next(iter(runs.values())))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = load_models(runs, flags["seed"], device)
     names = ("data_tr", "data_val", "seed", "image_decoder")
-    few = {"n_way": flags["train_n_way"], "n_shot": flags["train_n_shot"]}
-    images_tr, images_val = Data.open_pair(**{name: flags[name] for name in names}, **few)
+    images_tr, images_val = Data.open_pair(
+        **{name: flags[name] for name in names},
+        n_way=flags["train_n_way"],
+        n_shot=flags["train_n_shot"],
+        skip_bad_images=bool(flags["skip_bad_images"]),
+    )
     transform = transforms(tuple(flags["input_size"]), flags["use_augs"])[1]
     options = {"transform": transform, "seed": flags["seed"], "num_workers": flags["num_workers"]}
 
@@ -227,13 +238,14 @@ def measure_seed(runs, mae, args):
             spread = (pred.std(1, correction=0) * mask[..., None]).sum((1, 2))
             spread = spread / mask.sum(1) / pred.shape[-1]
             parts.setdefault(name, []).append([x.cpu() for x in (loss, spread, classes)])
-        cells.append(class_cells(images, mask, pictures, mae, n_classes))
+        cells = [*cells, class_cells(images, mask, pictures, mae, n_classes)]
+        cells = [most_classes(*map(torch.cat, zip(*cells, strict=True)))]
     measured = {
         name: measure(*map(torch.cat, zip(*rows, strict=True)), labels, n_classes)
         for name, rows in parts.items()
     }
     accuracy = (torch.cat(taken_for) == labels).double().mean().item()
-    return measured, accuracy, [*map(torch.cat, zip(*cells, strict=True)), images_tr.classes]
+    return measured, accuracy, (cells[0][0], len(labels), images_tr.classes)
 
 
 PANELS = {  # title -> what `measure` calls it
@@ -290,24 +302,24 @@ def table(results, names, n_codes):
 def start(args):
     """Measures each seed, draws and prints."""
     names, runs_of = called(arms(args.folder), args.names)
+    check_folder(args.out)
     seeds, results = sorted(set.intersection(*map(set, runs_of.values()))), {}
     if not seeds:
         raise InputError(f"{args.folder}: no seed of which there is a run of each arm")
     for seed in seeds:
         runs = {arm: folders[seed] for arm, folders in runs_of.items()}
-        measured, accuracy, (cells, n_shown, classes) = measure_seed(runs, args.mae, args)
+        measured, accuracy, (cells, n_images, classes) = measure_seed(runs, args.mae, args)
         say(f"seed {seed}: the judge knows {accuracy:.1%} of the whole validation images")
         for name, values in measured.items():
             results.setdefault(name, []).append(values)
         if seed == seeds[0]:
-            rows = n_shown.argsort(descending=True, stable=True)[:ROWS]
             headers = ["image", "masked", *["MAE"] * (args.mae in runs)]
             headers += [name[:9] for name in classes[:COLUMNS]]
             about = f"Of {args.codes} completions of an image, for each class that a judge sees "
             about += f"with at least {args.plausible:.0%}, the one it is surest of; gray: none. "
-            about += f"The {ROWS} of {len(n_shown)} images with the most classes."
+            about += f"The {ROWS} of {n_images} images with the most classes."
             out = Path(args.out)
-            grid = picture_grid(cells[rows], headers, about, cell_height=64)
+            grid = picture_grid(cells, headers, about, cell_height=64)
             grid.save(out.with_name(f"{out.stem}_classes.png"))
     draw(results, names, Path(args.out))
     table(results, names, args.codes)

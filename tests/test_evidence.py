@@ -22,24 +22,19 @@ def test_the_best_of_k_is_the_mean_over_all_choices(k):
     torch.testing.assert_close(what_codes_add.best_of(k, values), counted)
 
 
-@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("k", [1, 2, 4, 5])
 def test_classes_among_k_completions_are_the_mean_over_all_choices(k):
     classes = torch.tensor([[0, 2, 2, -1, 1], [-1, -1, -1, -1, 2]])
     labels, losses = torch.tensor([2, 0]), torch.rand(2, 5)
     found = what_codes_add.measure(losses, losses[:, 0], classes, labels, 3)
-    if k not in found["k"]:
-        counts = torch.tensor([[1, 1, 2], [0, 0, 1]])
-        shown = what_codes_add.shown_classes(k, counts, 5)
-        found = {"k": [k], "classes": [shown.sum(1).mean()]}
-        found["true"] = [shown[[0, 1], labels].mean()]
     choices = list(itertools.combinations(range(5), k))
     sets = [[set(row[list(c)].tolist()) - {-1} for c in choices] for row in classes]
     distinct = sum(len(shown) for row in sets for shown in row) / len(choices) / 2
     pairs = zip(sets, labels.tolist(), strict=True)
     true = sum(label in shown for row, label in pairs for shown in row) / len(choices) / 2
     at = found["k"].index(k)
-    assert float(found["classes"][at]) == pytest.approx(distinct)
-    assert float(found["true"][at]) == pytest.approx(true)
+    assert found["classes"][at] == pytest.approx(distinct)
+    assert found["true"][at] == pytest.approx(true)
 
 
 def test_codes_that_win_are_counted():
