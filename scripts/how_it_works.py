@@ -19,7 +19,7 @@ import TrainIMLE  # noqa: E402
 from Augmentation import normalize, transforms  # noqa: E402
 from Flags import Parser, check_mask_ratio, real, whole  # noqa: E402
 from IO import load_model, picture_grid  # noqa: E402
-from Samplers import ranks  # noqa: E402
+from Samplers import image_losses, ranks  # noqa: E402
 from Utils import InputError, run_command, write_atomically  # noqa: E402
 from Weights import SOURCES  # noqa: E402
 
@@ -50,7 +50,7 @@ def losses_of_codes(model, pool, n_codes, mask_ratio):
         prefix = model.prefix(images, pool.mask_noise[rows], mask_ratio)
         numbers = torch.arange(n_codes).expand(len(rows), -1)
         tried = TrainIMLE.try_codes(model, prefix, images, seeds, CODES_PER_PASS, numbers)[1]
-        plain = TrainIMLE.image_losses(model, model.suffix(prefix, None), images, prefix.mask)
+        plain = image_losses(model, model.suffix(prefix, None), images, prefix.mask)
         parts.append((tried, plain))
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 

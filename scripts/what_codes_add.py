@@ -26,6 +26,7 @@ from Augmentation import denormalize, normalize, transforms  # noqa: E402
 from Checkpoints import checkpoint_paths, read_config  # noqa: E402
 from Flags import Parser, real, whole  # noqa: E402
 from IO import load_model, picture_grid, watch  # noqa: E402
+from Samplers import image_losses  # noqa: E402
 from Utils import (  # noqa: E402
     InputError,
     Stream,
@@ -229,12 +230,12 @@ def measure_seed(runs, mae, args):
         pictures = {}
         how = (args.codes, flags["mask_ratio"], seeds)
         for name, pred, mask in complete(models, mae, images, mask_noise, *how):
-            config = models[mae if name == NOISE else name].config
-            completed = Models.paste(Models.pixels(pred, images, config), images, mask)
+            model = models[mae if name == NOISE else name]
+            completed = Models.paste(Models.pixels(pred, images, model.config), images, mask)
             classes, probabilities = judged(judge, completed)
             classes = torch.where(probabilities >= args.plausible, classes, -1)
             pictures[name] = (completed, classes, probabilities)
-            loss = Models.reconstruction_loss(pred, images, mask, config.norm_pix_loss)
+            loss = image_losses(model, pred, images, mask)
             spread = (pred.std(1, correction=0) * mask[..., None]).sum((1, 2))
             spread = spread / mask.sum(1) / pred.shape[-1]
             parts.setdefault(name, []).append([x.cpu() for x in (loss, spread, classes)])
