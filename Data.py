@@ -16,13 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from Augmentation import normalize
-from Stores import FolderImages, ImageError, LmdbImages, TarImages, check_decoder
+from internals.processes import STOP_SIGNALS, end_workers
+from internals.stores import FolderImages, ImageError, LmdbImages, TarImages, check_decoder
 from Utils import (
-    STOP_SIGNALS,
     InputError,
     RunError,
     Stream,
-    end_workers,
     mix_seeds,
     naming,
     permutation,

@@ -1,414 +1,562 @@
-"""The edges of a run: what a person sees of it, and what it leaves in its folder."""
+"""The flags of the programs: what they mean, their defaults and bounds, and what goes together."""
 
-import contextlib
-import csv
-import io
-import json
+import argparse
+import difflib
 import math
 import os
-import platform
-import resource
-import shlex
-import subprocess
+import re
+import secrets
 import sys
-import textwrap
-import time
-from importlib.metadata import version
-from pathlib import Path
 
-import numpy as np
 import torch
-from filelock import FileLock
-from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
-from Checkpoints import checkpoint_paths, lock_folder, save_checkpoint, step_of
-from Utils import InputError, rank, say, world_size, write_atomically
-from Weights import load_model  # noqa: F401 (where users look for it)
+from Data import MOST_BAD
+from internals.checkpoints import read_run_checkpoint
+from internals.stores import IMAGE_DECODERS, check_decoder
+from internals.weights import (
+    FOREIGN_SOURCES,
+    PUBLISHED,
+    SOURCES,
+    load_model,  # noqa: F401 (where users look for it)
+)
+from Models import ACTIVATIONS, DECODERS, INJECTIONS, PRESETS
+from Utils import InputError, naming, say
 
 # -------------------------------------------------------------------------------------------------
-# What a person sees: lines and progress bars, of the first process only.
+# Flags. Every flag, its default, its unit and its bounds stand in `training_parser`; `parse_flags`
+# checks what bounds can't say.
 
 
-def watch(items, description, total, unit="images", after_each=None):
-    """Passes items on, with a progress bar: chunks (rows, images), of which images are counted, or,
-    for another unit, anything, counted by one. Each time that one is dealt with, calls
-    after_each(start time, number done by this process)."""
-    shown = rank() == 0 and sys.stderr.isatty()
-    bar = tqdm(desc=description, total=total, unit=f" {unit}", disable=not shown, leave=False)
-    start, done = None, 0
-    with bar:
-        for item in items:
-            start = start or time.perf_counter()  # the loader's workers have started
-            yield item
-            number = len(item[1]) if unit == "images" else 1
-            bar.update(number * world_size() if unit == "images" else number)
-            done += number
-            if after_each is not None:
-                after_each(start, done)
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that ends on a mistake with one line, which names the nearest flag for an
+    unknown one."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **options)
+
+    def parse_args(self, argv=None, namespace=None):
+        argv = sys.argv[1:] if argv is None else argv
+        flags = self._option_string_actions
+        for word in (word.split("=")[0] for word in argv if word.startswith("--")):
+            if word not in flags:  # first, as a missing flag may only be misspelt
+                near = difflib.get_close_matches(word, flags, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                self.error(f"unknown argument {word}{hint}")
+        args, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            self.error(f"unknown argument {unknown[0]}")
+        return args
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-class Forecast:
-    """Says once, after the first chunk of sampling (and a second, to be past the start-up), how
-    long the run's sampling will take and what memory it holds."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with defaults, but for those that say nothing."""
 
-    def __init__(self, device, images_left):
-        self.device, self.images_left = device, images_left
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=110)
 
-    def __call__(self, start, images):
-        if not self.images_left:
-            return
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        seconds = time.perf_counter() - start
-        if seconds < 1 and images * world_size() < self.images_left:
-            return
-        left = duration(seconds / images * self.images_left / world_size())
-        say(f"sampling will take about {left} of this run; memory: {memory(self.device)}")
-        self.images_left = 0
+    def _get_help_string(self, action):
+        silent = action.default in (None, "", argparse.SUPPRESS) or "default" in action.help
+        return action.help if silent else super()._get_help_string(action)
 
 
-def memory(device):
-    """The most memory that this process has held, as text."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GB on the GPU"
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, else KB
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GB"
+def number(kind, low=-math.inf, high=math.inf, also=None):
+    """A type for add_argument: an int or float within [low, high], or the one value `also`."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value) or value == also):
+            bounds = f" of at least {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
+            bounds = "" if low == -math.inf else bounds + ("" if also is None else f", or {also:g}")
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}{bounds}")
+        return value
+
+    return convert
 
 
-def duration(seconds):
-    """Seconds as 12 s, 3 min 05 s, 2 h 07 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes_left = divmod(minutes, 60)
-    return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+def whole(low, high=math.inf, also=None):
+    """A type for add_argument: a whole number within bounds."""
+    return number(int, low, high, also)
 
 
-NORMALIZED = (  # in the captions of grids
-    " Predicted patches are normalised: shown with the true patches' means and deviations."
+def real(low, high=math.inf, also=None):
+    """A type for add_argument: a number within bounds."""
+    return number(float, low, high, also)
+
+
+SWITCH = {"type": int, "choices": (0, 1)}
+WORKERS = min(
+    8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 )
 
 
-def picture_grid(cells, headers, caption, cell_height=96):
-    """A captioned table of pictures: cells uint8 (rows, columns, 3, H, W), one header a column ->
-    Pillow image."""
-    rows, columns, _, h, w = cells.shape
-    scale = max(1, round(cell_height / h))
-    cells = np.kron(np.asarray(cells.movedim(2, -1)), np.ones((1, 1, scale, scale, 1), np.uint8))
-    gap, top, line = 4, 22, 18  # pixels
-    step_x, step_y = w * scale + gap, h * scale + gap
-    lines = textwrap.wrap(caption, columns * step_x // 7)
-    size = (columns * step_x + gap, top + rows * step_y + gap + line * len(lines))
-    canvas = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    for column, header in enumerate(headers):
-        x = gap + column * step_x
-        draw.text((x + w * scale / 2, top / 2), header, "black", font, anchor="mm")
-        for row in range(rows):
-            canvas.paste(Image.fromarray(cells[row, column]), (x, top + row * step_y))
-    for number, text in enumerate(lines):
-        draw.text((gap, size[1] - line * (len(lines) - number)), text, "black", font)
-    return canvas
+# fmt: off
+def data_flags(parser):
+    """The flags that training and probes share: images, seed, devices."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data_tr", required=True, metavar="PATH",
+        help="training images: a folder with one folder per class, a .tar of one, or an .lmdb "
+        "of scripts/pack.py")
+    add("--data_val", required=True, metavar="PATH", help="validation images, likewise")
+    add("--train_n_way", type=whole(1, also=-1), default=-1, metavar="CLASSES",
+        help="few-shot training: classes, evenly spaced in sorted order; -1: all")
+    add("--train_n_shot", type=whole(1, also=-1), default=-1, metavar="IMAGES",
+        help="few-shot training: images per class, chosen by --seed; -1: all")
+    add("--use_augs", **SWITCH, default=1,
+        help="1: random resized crop and flip, centre crop for tests; 0: plain resize for both")
+    add("--image_decoder", choices=IMAGE_DECODERS, default="pillow",
+        help="torchcodec (to be installed): about twice as fast, differs from pillow by rounding")
+    add("--skip_bad_images", **SWITCH, default=0,
+        help="1: replace damaged images by others of their class, up to "
+        f"{MOST_BAD * 1000:g} in 1000; 0: stop")
+    add("--num_workers", type=whole(0), default=WORKERS, metavar="N",
+        help="loader workers per process; default: cores, at most 8")
+    add("--loader_timeout", type=real(1), default=120.0, metavar="SECONDS",
+        help="for which a loader worker may give nothing before the run ends with an error")
+    add("--seed", type=whole(0, 2**31), default=0, metavar="N", help="of everything that is random")
+
+    add = parser.add_argument_group("devices and precision").add_argument
+    add("--gpus", nargs="+", metavar="ID",
+        help="device ids, one process each, or `cpu`; default: all visible GPUs, else the CPU")
+    add("--processes", type=whole(1), default=1, metavar="N", help="processes, with --gpus cpu")
+    add("--sample_dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="precision of all that needs no gradients; auto: the fastest that the device has")
 
 
-# -------------------------------------------------------------------------------------------------
-# The run's folder: config.json, metrics.jsonl, curves.png, images/, checkpoints/; only the first
-# process writes there.
+def probe_flags(parser, title="fast linear probe"):
+    """The flags of the fast linear probe."""
+    add = parser.add_argument_group(title).add_argument
+    add("--val_n_way", type=whole(2), default=32, metavar="CLASSES", help="classes, at most")
+    add("--val_n_shot", type=whole(1), default=50, metavar="IMAGES",
+        help="training images per class, at most")
+    add("--probe_lr", type=real(0), default=1e-3, metavar="RATE", help="peak rate of the head")
+    add("--probe_epochs", type=whole(1), default=100, metavar="EPOCHS", help="epochs of the head")
+    add("--probe_bs", type=whole(1), default=16, metavar="IMAGES", help="batch size of the head")
+    add("--probe_bs_val", type=whole(1), default=256, metavar="IMAGES",
+        help="images per pass when features are computed")
+    add("--probe_ignore_z", **SWITCH, default=1,
+        help="1: features without codes; 0: with one code per image")
+    add("--probe_augs_per_image", type=whole(1), default=1, metavar="COPIES",
+        help="augmented copies of each training image (with --use_augs 1)")
+    add("--global_pool", **SWITCH, default=1,
+        help="features: 1: mean of the patch tokens; 0: class token")
 
 
-class Run:
-    """Writes down what a run does. The local files are the truth; W&B mirrors them and may fail
-    without harm."""
+def training_parser():
+    """The parser of TrainIMLE.py. A flag that is added here must be read somewhere."""
+    parser = Parser(
+        prog="TrainIMLE.py",
+        usage="TrainIMLE.py --data_tr PATH --data_val PATH [flags]",
+        description="Train a masked autoencoder, made implicit by latent codes, by IMLE.",
+    )
+    data_flags(parser)
 
-    def __init__(self, folder, flags, checkpoint=None, found=()):
-        """Does nothing yet; entered by `with`, it opens the folder, behind the metrics that the
-        checkpoint knows. found: the checkpoints that were there before that was read."""
-        self.folder, self.flags, self.main = Path(folder), flags, rank() == 0
-        self.step = checkpoint["progress"]["step"] if checkpoint else 0
-        self.metrics_size = checkpoint["metrics_size"] if checkpoint else 0
-        self.found = list(found)
-        self.waiting = {}  # what the disk has not taken yet: names of files -> bytes
-        self.lines = b""  # likewise, of metrics.jsonl
+    add = parser.add_argument_group("model").add_argument
+    add("--arch", choices=PRESETS, default="vit_base", metavar="NAME", help=", ".join(PRESETS))
+    add("--ip_spec", nargs="+", metavar="PLACE METHOD",
+        help="where codes enter, as pairs: 0... encoder blocks, then decoder blocks, or `mask`, "
+        f"the mask token; {', '.join(INJECTIONS)}; default: adain at the last encoder block")
+    add("--latent_dim", type=whole(1, 2**16), default=512, metavar="NUMBERS",
+        help="numbers per code")
+    add("--mapping_net_layers", type=whole(1, 64), default=8, metavar="N",
+        help="of the net that turns a code into shifts and scales")
+    add("--mapping_net_h_dim", type=whole(1, 2**16), default=512, metavar="WIDTH",
+        help="its hidden width")
+    add("--mapping_net_lrmul", type=real(1e-6), metavar="X",
+        help="its learning-rate multiplier; default: .01, with --adain_init identity 1")
+    add("--act_type", choices=ACTIVATIONS, default="leakyrelu", help="its activation")
+    add("--adain_init", choices=("original", "identity"), default="original",
+        help="identity: an injection changes nothing at first, and learns faster")
+    add("--decoder", choices=DECODERS, default="self",
+        help="self: MAE's, patches attend to each other; cross: masked ones to visible ones only")
+    add("--mask_ratio", type=real(0, 1), default=0.75, metavar="SHARE", help="of patches removed")
+    add("--predict_ratio", type=real(0, 1), metavar="SHARE",
+        help="of all patches, masked ones, predicted in training (not in validation); default: "
+        "with --decoder cross .25, else all masked ones")
+    add("--norm_pix_loss", **SWITCH,
+        help="1: predict patches normalised one by one; 0: pixels; default: 1, for vit_base_vis 0")
+    add("--input_size", type=whole(1), nargs="+", default=[224], metavar="PIXELS",
+        help="side, or height and width, of the images as the network sees them")
+    add("--finetune", **SWITCH, default=1,
+        help="1: start from pretrained weights, those of --mae_weights or the published ones for "
+        "--arch; 0: from scratch")
+    add("--mae_weights", metavar="SOURCE", help=f"weights to start from: {SOURCES}")
+    add("--ignore_z", **SWITCH, default=0, help="1: no codes, a plain MAE")
 
-    def __enter__(self):
-        if self.main:
-            config = describe_run(self.flags)
-            try:
-                for name in ("images", "checkpoints"):
-                    (self.folder / name).mkdir(parents=True, exist_ok=True)
-                self.lock = lock_folder(self.folder)
-                if checkpoint_paths(self.folder) != self.found:
-                    raise InputError(f"--uid: another process went on with {self.folder} meanwhile")
-                self.tidy()
-                write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
-                self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
-                self.metrics.truncate(min(self.metrics_size, self.metrics.tell()))
-                self.metrics.seek(0, os.SEEK_END)
-            except OSError as error:
-                raise InputError(
-                    f"--save_folder: cannot write to {self.folder}: {error.strerror}"
-                ) from None
-            self.wandb = WandB(self.flags.wandb, self.folder, config)
-        return self
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=whole(0), default=1024, metavar="N", help="pools of images to train on")
+    add("--ex_per_epoch", type=whole(1), default=2048, metavar="IMAGES", help="size of a pool")
+    add("--ipe", type=whole(1), default=64, metavar="STEPS", help="gradient steps per epoch")
+    add("--mini_bs", type=whole(1), default=32, metavar="IMAGES",
+        help="per gradient step, over all processes")
+    add("--accum", type=whole(1), default=1, metavar="PARTS",
+        help="in which a process computes its share of a gradient step")
+    add("--ns", type=whole(1), default=128, metavar="CODES", help="tried per image")
+    add("--code_bs", type=whole(1), default=32, metavar="IMAGES", help="per sampling pass")
+    add("--sp", type=whole(1), default=64, metavar="CODES",
+        help="per image and sampling pass, at most; on a CPU as many as its cache likes")
+    add("--sampler", choices=("exhaustive", "surrogate"), default="exhaustive",
+        help="exhaustive: try all --ns codes; surrogate: try --tries of them, most of which a "
+        "regression on those tried before takes for the best")
+    add("--tries", type=whole(1, also=-1), default=-1, metavar="CODES",
+        help="per image, with --sampler surrogate; -1: a fifth of --ns")
+    add("--rs_epsilon", type=real(0), default=0.0, metavar="LOSS",
+        help="RS-IMLE: a code nearer than this is chosen only where all are; 0: off")
+    add("--code_free_share", type=real(0, 0.99), default=0.0, metavar="SHARE",
+        help="of gradient steps, evenly spaced, taken without codes, as a plain MAE's: the network "
+        "that probes see then learns, too")
+    add("--shuffle_data", **SWITCH, default=1, help="1: pools and minibatches in random order")
+    add("--fix_mask_noise", **SWITCH, default=0, help="1: an image has the same mask in all epochs")
+    add("--fp16", action=argparse.BooleanOptionalAction, default=True,
+        help="mixed-precision gradient steps in what the device computes natively")
 
-    def tidy(self):
-        """Clears away what a save that was killed has left, and checkpoints that can't be read: a
-        run goes on from the newest that can."""
-        for folder in (self.folder, self.folder / "images", self.folder / "checkpoints"):
-            for left in folder.glob(".*.tmp"):
-                left.unlink()
-        for path in self.found:
-            if step_of(path) > self.step:
-                path.rename(path.with_suffix(".damaged"))
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--lr", type=real(0), default=1e-4, metavar="RATE", help="base rate of the MAE")
+    add("--lr_z", type=real(0, also=-1), default=-1, metavar="RATE",
+        help="base rate of the injections; -1: as --lr")
+    add("--min_lr", type=real(0), default=0.0, metavar="RATE", help="where ramps start, decays end")
+    add("--scheduler", choices=("constant", "linear_ramp", "linear_ramp_cosine_decay"),
+        default="constant", help="of the rates, set anew for each gradient step")
+    add("--n_ramp", type=whole(0), default=0, metavar="EPOCHS", help="of linear ramp")
+    add("--n_cycles", type=whole(1), default=1, metavar="N", help="cosine cycles after the ramp")
+    add("--headstart_z", type=whole(0), default=0, metavar="EPOCHS",
+        help="in which only the injections learn")
+    add("--wd", type=real(0), default=0.01, metavar="RATE", help="AdamW's weight decay")
+    add("--beta1", type=real(0, 0.9999), default=0.9, metavar="X", help="AdamW's")
+    add("--beta2", type=real(0, 0.9999), default=0.95, metavar="X", help="AdamW's")
+    add("--clip_grad", type=real(0), default=0.0, metavar="NORM", help="of the gradient; 0: off")
 
-    def __exit__(self, *_):
-        if self.main:
-            self.draw_curves()
-            with contextlib.suppress(OSError):
-                self.write_down()
-            self.metrics.close()
-            self.wandb.close()
-            self.lock.close()
+    add = parser.add_argument_group("validation").add_argument
+    add("--steps_per_eval", type=whole(0), default=64, metavar="STEPS",
+        help="gradient steps between validations, besides the first and the last; 0: never")
+    add("--ex_for_mse_loss", type=whole(1), default=2048, metavar="IMAGES", help="for the loss")
+    add("--z_per_ex_loss", type=whole(1), default=128, metavar="CODES",
+        help="per image, for the loss")
+    add("--eval_bs", type=whole(1), default=32, metavar="IMAGES", help="per pass, for the loss")
+    add("--ex_for_vis_tr", type=whole(0), default=8, metavar="ROWS", help="in the training grid")
+    add("--ex_for_vis_te", type=whole(0), default=8, metavar="ROWS", help="in the validation grid")
+    add("--z_per_ex_vis", type=whole(1), default=8, metavar="CODES", help="columns in the grids")
+    add("--get_mae_baseline", **SWITCH, default=1,
+        help="1: validate the starting point without codes, too")
+    add("--fast_linear_probe", **SWITCH, default=1, help="1: with the probe below")
+    probe_flags(parser)
 
-    def log(self, step, epoch, values):
-        """Appends one JSON object to metrics.jsonl; pictures (keys images/...) become files, and
-        stand there by their names."""
-        if not self.main:
-            return
-        record = {"epoch": epoch, "pretrain/step": step, **values}
-        for key, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                record[key] = None  # JSON has no word for it
-            if isinstance(value, Image.Image):
-                record[key] = f"images/{key.split('/')[-1]}_{step:08d}.png"
-                value.save(file := io.BytesIO(), "png")
-                self.waiting[record[key]] = file.getvalue()
-        self.lines += json.dumps(record).encode() + b"\n"
+    add = parser.add_argument_group("run").add_argument
+    add("--save_folder", default=".", metavar="DIR", help="the run is DIR/models/NAME")
+    add("--suffix", default="", metavar="TEXT", help="in the run's name")
+    add("--uid", metavar="TEXT",
+        help="the run's identity: the same command with the same uid goes on where it stood; "
+        "default: the SLURM job's id, else random")
+    add("--resume", metavar="CHECKPOINT",
+        help="go on from the newest checkpoint of a run, with its flags where they are not given")
+    add("--force_resume", **SWITCH, default=0,
+        help="1: go on although flags changed that make the run what it is (never: its model's)")
+    add("--save_iter", type=whole(1, also=-1), default=-1, metavar="EPOCHS",
+        help="between checkpoints that are kept for good; -1: only the newest are kept")
+    add("--save_minutes", type=real(0), default=10.0, metavar="MINUTES",
+        help="between saves of the newest checkpoint, besides the last one")
+    add("--staged", metavar="DIR",
+        help="a folder of copies, on a fast disk: DIR/PATH is read where --data_tr or --data_val "
+        "is /PATH, which the run is still named by (scripts/slurm_submit.py --stage)")
+    add("--wandb", choices=("disabled", "offline", "online"), default="disabled",
+        help="mirror metrics and pictures to Weights & Biases")
+    add("--notes", default="", metavar="TEXT", help="kept in config.json and W&B")
+    return parser
+
+
+# fmt: on
+def parse_flags(argv=None):
+    """The flags of TrainIMLE.py, checked and with their defaults resolved; ends the program on a
+    mistake."""
+    parser = training_parser()
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--resume", nargs="?")  # without a value: the real parser says so
+    source = early.parse_known_args(argv)[0].resume
+    if source:  # a run's flags are the defaults for going on with it
         try:
-            self.write_down()
-        except OSError as error:
-            say(f"warning: {self.folder}: {error.strerror}; metrics and pictures wait in memory")
-        self.wandb.log(step, {**values, "epoch": epoch, "pretrain/step": step})
-
-    def write_down(self):
-        """Writes what waits: pictures, then the lines that name them."""
-        for name, content in list(self.waiting.items()):
-            write_atomically(self.folder / name, content)
-            del self.waiting[name]
-        while self.lines:
-            self.lines = self.lines[self.metrics.write(self.lines) :]
-
-    def draw_curves(self):
-        """Draws curves.png anew from metrics.jsonl."""
-        if self.main:
-            with contextlib.suppress(OSError):  # it is drawn again
-                runs = {self.folder.name: read_metrics(self.folder)}
-                draw_curves(runs, self.folder / "curves.png", title=self.folder.name)
-
-    def save(self, state, *, keep=False):
-        """Writes a checkpoint of `state`, which gets the size of metrics.jsonl; keep: for good,
-        besides the newest two. An OSError where the disk does not take it: what was there stays."""
-        if not self.main:
-            return
-        self.write_down()
-        os.fsync(self.metrics.fileno())
-        state = {**state, "metrics_size": self.metrics.tell()}
-        step = state["progress"]["step"]
-        folder = self.folder / "checkpoints"
-        save_checkpoint(newest := folder / f"step_{step:08d}.pt", state)
-        if keep:
-            kept = folder / f"epoch_{state['progress']['epoch']:06d}_step_{step:08d}.pt"
-            try:
-                os.link(newest, kept)
-            except OSError:  # it is there, or there are no links
-                save_checkpoint(kept, state)
-        for old in sorted(folder.glob("step_*.pt"))[:-2]:
-            old.unlink()
+            known = read_run_checkpoint(source)["args"]
+        except InputError as error:
+            parser.error(f"--resume: {error}")
+        parser.set_defaults(**{**known, "force_resume": 0})
+        for action in parser._actions:
+            action.required = action.required and action.dest not in known
+    args = parser.parse_args(argv)
+    try:
+        return resolve_flags(args)
+    except InputError as error:
+        parser.error(str(error))
 
 
-class WandB:
-    """Weights & Biases as a mirror: where it is missing, refuses or raises, that costs one
-    warning."""
+def resolve_flags(args):
+    """A new namespace with every default that depends on other flags filled in; an InputError for
+    what does not go together."""
+    flags, preset = argparse.Namespace(**vars(args)), PRESETS[args.arch]
+    flags.input_size = list(args.input_size) * (2 if len(args.input_size) == 1 else 1)
+    if args.norm_pix_loss is None:
+        flags.norm_pix_loss = int(preset.norm_pix_loss)
+    if args.mapping_net_lrmul is None:
+        flags.mapping_net_lrmul = 1.0 if args.adain_init == "identity" else 0.01
+    if args.predict_ratio is None:
+        flags.predict_ratio = 0.25 if args.decoder == "cross" else 1.0
+    if args.tries == -1 and args.sampler == "surrogate":
+        flags.tries = max(1, args.ns // 5)
+    pairs = [] if args.ignore_z else parse_ip_spec(args.ip_spec, preset)
+    flags.ip_spec = [str(word) for pair in pairs for word in pair]
+    flags.lr_z = args.lr if args.lr_z == -1 else args.lr_z
+    flags.uid = args.uid or os.environ.get("SLURM_JOB_ID") or secrets.token_hex(4)
+    resolve_shared_flags(flags)
+    check_flags(flags, preset.patch_size)
+    if args.sp > args.ns and not args.ignore_z:
+        say(f"note: --sp {args.sp} is lowered to {args.ns}, as --ns")
+        flags.sp = args.ns
+    if args.epochs and args.headstart_z + args.n_ramp > args.epochs:
+        say(f"note: --epochs {args.epochs} end before --headstart_z and --n_ramp do")
+    return flags
 
-    def __init__(self, mode, folder, config):
-        self.run = None
-        if mode != "disabled":
-            self.attempt(lambda: self.start(mode, folder, config))
 
-    def attempt(self, action):
-        """Does it, or warns and gives W&B up."""
-        try:
-            action()
-        except Exception as error:  # whatever it is, it must not cost the run
-            self.run = None
-            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            say(f"warning: Weights & Biases failed and is off from here ({reason[0]})")
-
-    def start(self, mode, folder, config):
-        import wandb
-
-        self.image = wandb.Image
-        flags = config["flags"]
-        self.run = wandb.init(
-            project="IMLE-SSL",
-            name=folder.name,
-            id=flags["uid"],
-            resume="allow",
-            mode=mode,
-            dir=str(folder),
-            config=config,
-            notes=flags["notes"],
-            settings=wandb.Settings(silent=True),
+def check_flags(flags, patch_size):
+    """Refuses resolved flags that do not go together; the InputError says what is allowed."""
+    size = " ".join(map(str, flags.input_size))
+    if len(flags.input_size) != 2 or any(side % patch_size for side in flags.input_size):
+        wanted = f"one or two multiples of {patch_size}, the patch size of --arch {flags.arch}"
+        raise InputError(f"--input_size {size}: allowed are {wanted}")
+    n_patches = math.prod(flags.input_size) // patch_size**2
+    check_mask_ratio(flags.mask_ratio, n_patches)
+    check_sampling(flags)
+    if flags.predict_ratio < 1 and flags.decoder == "self":
+        shown = "with --decoder self all masked patches are predicted; use --decoder cross"
+        raise InputError(f"--predict_ratio {flags.predict_ratio}: {shown}")
+    if round(flags.predict_ratio * n_patches) < 1:
+        shown = f"of {n_patches} patches at least one must be predicted"
+        raise InputError(f"--predict_ratio {flags.predict_ratio}: {shown}")
+    if flags.ipe * flags.mini_bs < flags.ex_per_epoch:
+        raise InputError(
+            f"--ipe {flags.ipe}: so many steps of --mini_bs {flags.mini_bs} images do not see "
+            f"the --ex_per_epoch {flags.ex_per_epoch} images once; allowed is at least "
+            f"{math.ceil(flags.ex_per_epoch / flags.mini_bs)}"
+        )
+    if flags.n_ramp and flags.scheduler == "constant":
+        shown = "--scheduler constant has no ramp; use 0, or linear_ramp"
+        raise InputError(f"--n_ramp {flags.n_ramp}: {shown}")
+    if flags.headstart_z and flags.ignore_z:
+        shown = "with --ignore_z 1 nothing could learn first; allowed is 0"
+        raise InputError(f"--headstart_z {flags.headstart_z}: {shown}")
+    if flags.min_lr > flags.lr or (flags.min_lr > flags.lr_z and not flags.ignore_z):
+        raise InputError(f"--min_lr {flags.min_lr}: must be at most --lr and --lr_z")
+    n_processes = max(len(flags.gpus), int(os.environ.get("WORLD_SIZE", 1)))
+    check_processes(flags.mini_bs, n_processes)
+    if not re.fullmatch(r"[\w.+-]{1,64}", flags.uid, re.ASCII):
+        raise InputError(f"--uid {flags.uid}: allowed are up to 64 letters, digits and . _ + -")
+    if flags.mae_weights and not flags.finetune:
+        shown = "--finetune 0 starts from scratch; use --finetune 1, or no weights"
+        raise InputError(f"--mae_weights: {shown}")
+    if flags.finetune and not flags.mae_weights and flags.decoder != "self":
+        shown = f"the published weights have no --decoder {flags.decoder}"
+        raise InputError(f"--finetune 1: {shown}; name others with --mae_weights, or --finetune 0")
+    if flags.finetune and not flags.mae_weights and flags.arch not in PUBLISHED:
+        raise InputError(
+            f"--finetune 1: no weights are published for --arch {flags.arch} (but for "
+            f"{', '.join(PUBLISHED)}); name others with --mae_weights, "
+            "or train from scratch with --finetune 0"
         )
 
-    def log(self, step, values):
-        if self.run is not None:
-            self.attempt(
-                lambda: self.run.log({k: self.mirror(v) for k, v in values.items()}, step=step)
+
+def check_processes(mini_bs, n_processes):
+    """Refuses a minibatch that does not have an image for each process."""
+    if mini_bs < n_processes:
+        shown = f"allowed is at least one image for each of {n_processes} processes"
+        raise InputError(f"--mini_bs {mini_bs}: {shown}")
+
+
+def check_sampling(flags):
+    """Refuses what makes no sense for the choice of codes."""
+    if flags.ignore_z:
+        given = {
+            "sampler": flags.sampler != "exhaustive",
+            "rs_epsilon": flags.rs_epsilon > 0,
+            "code_free_share": flags.code_free_share > 0,
+        }
+        for name in (name for name, is_given in given.items() if is_given):
+            raise InputError(f"--{name}: with --ignore_z 1 no codes are chosen; leave it out")
+    if flags.sampler == "exhaustive" and flags.tries != -1:
+        raise InputError(f"--tries {flags.tries}: needs --sampler surrogate, else leave it out")
+    if flags.sampler == "surrogate" and "add" in flags.ip_spec:
+        shown = "it learns nothing about `add`, whose codes have too many numbers; use exhaustive"
+        raise InputError(f"--sampler surrogate: {shown}")
+    if flags.tries > flags.ns:
+        raise InputError(f"--tries {flags.tries}: allowed are 1 to --ns {flags.ns}, or -1")
+
+
+def check_mask_ratio(mask_ratio, n_patches):
+    """Refuses a mask ratio that leaves nothing to see or to complete."""
+    if not 0 < int(n_patches * (1 - mask_ratio)) < n_patches:
+        shown = f"of {n_patches} patches some must be masked, some visible"
+        raise InputError(f"--mask_ratio {mask_ratio}: {shown}")
+
+
+def resolve_shared_flags(flags):
+    """Resolves, in place, what training and probes have in common."""
+    with naming("--image_decoder"):
+        check_decoder(flags.image_decoder)
+    flags.gpus = device_names(flags.gpus, flags.processes)
+    if flags.probe_augs_per_image > 1 and not flags.use_augs:
+        given = flags.probe_augs_per_image
+        raise InputError(f"--probe_augs_per_image {given}: needs --use_augs 1, else use 1")
+
+
+# fmt: off
+def probe_parser():
+    """The parser of LinearProbe.py."""
+    parser = Parser(
+        prog="LinearProbe.py",
+        usage="LinearProbe.py --model SOURCE --data_tr PATH --data_val PATH [flags]",
+        description="Probe how much of the classes an encoder's features hold: by MAE's recipe for "
+        "linear probes, several heads at once, or by the fast probe that watches training.",
+    )
+    add = parser.add_argument_group("what is probed").add_argument
+    add("--model", required=True, metavar="SOURCE",
+        help=f"the weights to probe: {SOURCES}; {FOREIGN_SOURCES}")
+    add("--input_size", type=whole(1), nargs="+", metavar="PIXELS",
+        help="side, or height and width, of the images as the network sees them; default: its own")
+    add("--probe_codes", type=whole(1), default=1, metavar="CODES",
+        help="with --probe_ignore_z 0: codes per image over which features are averaged")
+    add("--fast", **SWITCH, default=0, help="1: the fast probe, of a few-shot subset")
+    data_flags(parser)
+
+    add = parser.add_argument_group("full probe").add_argument
+    add("--lrs", type=real(0), nargs="+", default=[0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0],
+        metavar="RATE",
+        help="base rates per 256 images, a head for each; .1 is MAE's, small data want more")
+    add("--wds", type=real(0), nargs="+", default=[0.0], metavar="RATE",
+        help="weight decays: a head for each, with each rate")
+    add("--pools", nargs="+", choices=("cls", "mean", "both"),
+        help="features: class token, mean of the patch tokens, both side by side: heads for each; "
+        "default: as --global_pool says, without it the class token")
+    add("--hold_out", type=real(0.001, 0.9), default=0.1, metavar="SHARE",
+        help="of each class's training images, to choose among several heads; one head needs none")
+    add("--epochs", type=whole(1), metavar="N", help="default: 90, of ViT-L and ViT-H 50")
+    add("--warmup_epochs", type=whole(0), metavar="N",
+        help="of linear warm-up; default: 10, at most a fifth of --epochs")
+    add("--batch_size", type=whole(2), metavar="IMAGES",
+        help="per step, over all processes, of which --probe_bs_val pass the network at a time; "
+        "default: 512, at most an eighth of all; MAE's paper has 16384")
+    add("--keep_gb", type=real(0), default=8.0, metavar="GB",
+        help="of features on the device, at most; with --use_augs 0 they are computed once if "
+        "that is enough")
+    add("--save_minutes", type=real(0), default=10.0, metavar="MINUTES",
+        help="between saves of where the probe stands")
+    add("--save_folder", default=".", metavar="DIR",
+        help="the probe is DIR/probes/NAME, and a row of DIR/probes/results.csv")
+    probe_flags(
+        parser,
+        "fast probe; of both are --probe_bs_val, --probe_ignore_z and --global_pool",
+    )
+    parser.set_defaults(global_pool=None)
+    return parser
+
+
+# fmt: on
+ONLY_FAST = "val_n_way val_n_shot probe_lr probe_epochs probe_bs probe_augs_per_image".split()
+ONLY_FULL = "lrs wds pools hold_out epochs warmup_epochs batch_size keep_gb save_minutes".split()
+
+
+def parse_probe_flags(argv=None):
+    """The flags of LinearProbe.py, checked; ends the program on a mistake."""
+    parser = probe_parser()
+    args = parser.parse_args(argv)
+    try:
+        return resolve_probe_flags(args, parser.get_default)
+    except InputError as error:
+        parser.error(str(error))
+
+
+def resolve_probe_flags(args, default):
+    """A new namespace with what depends on other flags filled in; an InputError for what does not
+    go together. default(name): a flag's default."""
+    flags = argparse.Namespace(**vars(args))
+    if flags.input_size and len(flags.input_size) > 2:
+        raise InputError(f"--input_size {' '.join(map(str, flags.input_size))}: one or two numbers")
+    if flags.input_size:
+        flags.input_size = list(flags.input_size) * (2 if len(flags.input_size) == 1 else 1)
+    if flags.global_pool is None:
+        flags.global_pool = int(bool(flags.fast))
+    for name in ("lrs", "wds", "pools"):
+        if len(set(getattr(flags, name) or [])) < len(getattr(flags, name) or []):
+            raise InputError(f"--{name}: the same value twice")
+    if flags.warmup_epochs is not None and flags.epochs and flags.warmup_epochs > flags.epochs:
+        raise InputError(f"--warmup_epochs {flags.warmup_epochs}: at most --epochs {flags.epochs}")
+    if flags.probe_codes > 1 and flags.probe_ignore_z:
+        raise InputError(f"--probe_codes {flags.probe_codes}: needs --probe_ignore_z 0")
+    resolve_shared_flags(flags)
+    idle = ONLY_FULL if flags.fast else ONLY_FAST
+    given = [f"--{name}" for name in idle if getattr(args, name) != default(name)]
+    if given:
+        say(f"note: {', '.join(given)}: no part of the {'fast' if flags.fast else 'full'} probe")
+    return flags
+
+
+def parse_ip_spec(words, preset):
+    """--ip_spec's words, checked, as [(place, method), ...] with whole-number places."""
+    words = words or [str(preset.depth - 1), "adain"]
+    shown = f"--ip_spec {' '.join(words)}"
+    n_places = preset.depth + preset.decoder_depth
+    if len(words) % 2:
+        raise InputError(f"{shown}: expected pairs PLACE METHOD, got {len(words)} words")
+    pairs = list(zip(words[::2], words[1::2], strict=True))
+    for place, method in pairs:
+        if method not in INJECTIONS:
+            raise InputError(
+                f"{shown}: unknown method {method}; allowed are {', '.join(INJECTIONS)}"
             )
-
-    def mirror(self, value):
-        """A value as W&B takes it."""
-        return self.image(value) if isinstance(value, Image.Image) else value
-
-    def close(self):
-        if self.run is not None:
-            self.attempt(self.run.finish)
+        if place != "mask" and not (place.isdecimal() and int(place) < n_places):
+            raise InputError(f"{shown}: no place {place}; allowed are 0 to {n_places - 1} and mask")
+    pairs = [(place if place == "mask" else int(place), method) for place, method in pairs]
+    if len({place for place, _ in pairs}) < len(pairs):
+        raise InputError(f"{shown}: a place can be named once only")
+    return pairs
 
 
-CURVES = {  # panel -> {key: label}
-    "reconstruction loss": {
-        "pretrain/loss_tr": "training",
-        "pretrain/loss_te": "validation, mean over codes",
-        "pretrain/loss_te_best": "validation, best of codes",
-        "pretrain/loss_te_no_z": "validation, without code",
-    },
-    "sampled codes, training": {
-        "sampling/first_losses": "mean over codes",
-        "sampling/end_losses": "best of codes",
-    },
-    "validation accuracy": {
-        "fast_linear_probe/acc_te": "linear probe",
-        "fast_linear_probe/knn_te": "nearest neighbours",
-    },
-    "spread over codes": {"pretrain/code_spread": "standard deviation"},
-}
+def device_names(gpus, processes):
+    """--gpus and --processes as torch's device names, one per process."""
+    n_gpus = torch.cuda.device_count()
+    if gpus is None:
+        gpus = [str(i) for i in range(n_gpus)] or ["cpu"]
+        if gpus == ["cpu"] and torch.accelerator.is_available():
+            found = torch.accelerator.current_accelerator().type
+            say(f"note: {found} devices are not supported; using the CPU")
+    ids = [name.removeprefix("cuda:") for name in gpus]
+    if set(ids) == {"cpu"}:
+        return ["cpu"] * processes
+    if "cpu" in ids:
+        raise InputError(f"--gpus {' '.join(gpus)}: cpu can't be combined with GPUs")
+    for name in ids:
+        if not (name.isdecimal() and int(name) < n_gpus):
+            allowed = f"0 to {n_gpus - 1}, or cpu" if n_gpus else "cpu, as this machine has no GPU"
+            raise InputError(f"--gpus {' '.join(gpus)}: no GPU {name}; allowed: {allowed}")
+    if len(set(ids)) < len(ids):
+        raise InputError(f"--gpus {' '.join(gpus)}: the same GPU twice")
+    if processes not in (1, len(ids)):
+        raise InputError(
+            f"--processes {processes}: with GPUs there is one process for each; leave it out"
+        )
+    return [f"cuda:{name}" for name in ids]
 
 
-def read_metrics(folder):
-    """The records of a run's metrics.jsonl, as a list of dicts; lines that are damaged, or are
-    being written, are left out."""
-    records = []
-    for line in (Path(folder) / "metrics.jsonl").read_bytes().split(b"\n")[:-1]:
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
-
-
-def draw_curves(runs, path, title=""):
-    """Draws what {name: records} of runs hold, over gradient steps, to a picture at `path`: one
-    line a key; with several runs one colour a run, one style a key."""
-    from matplotlib.figure import Figure  # slow to import; and Figure alone opens no windows
-
-    several = len(runs) > 1
-    figure = Figure(figsize=(11, 7 + several * 0.25 * len(runs)), layout="constrained")
-    figure.suptitle("\n".join(textwrap.wrap(title, 110)), fontsize=9)
-    for axes, (panel, keys) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
-        axes.set_title(panel, fontsize=10)
-        axes.set_xlabel("gradient steps")
-        axes.grid(alpha=0.3)
-        for style, (key, label) in zip(("-", "--", ":", "-."), keys.items(), strict=False):
-            for number, records in enumerate(runs.values()):
-                points = [(r["pretrain/step"], r[key]) for r in records if r.get(key) is not None]
-                look = {"color": f"C{number}", "linestyle": style} if several else {"label": label}
-                if points:
-                    axes.plot(*zip(*points, strict=True), marker=".", **look)
-            if several and len(keys) > 1 and axes.lines:
-                axes.plot([], [], color="black", linestyle=style, label=label)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
-        elif not axes.lines:
-            axes.text(0.5, 0.5, "nothing recorded", ha="center", transform=axes.transAxes)
-    if several:
-        lines = [axes.plot([], [], color=f"C{n}", marker=".")[0] for n in range(len(runs))]
-        figure.legend(lines, runs, loc="outside lower left", fontsize=8, frameon=False)
-    write_atomically(path, lambda file: figure.savefig(file, dpi=100, format="png"))
-
-
-def describe_run(flags):
-    """What config.json holds: resolved flags, versions, git commit, command."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        folder = Path(__file__).parent
-        git = subprocess.run(describe, cwd=folder, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        git = ""  # there is no git
-    packages = ("torch", "torchvision", "timm", "numpy", "pillow")
-    return {
-        "flags": vars(flags),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in packages},
-        },
-        "git_commit": git or None,
-        "command": shlex.join([sys.executable, *sys.argv]),
+def model_fields(flags):
+    """The fields of ModelConfig that resolved flags determine: all but norm_eps, which weights from
+    elsewhere bring along."""
+    preset = PRESETS[flags.arch]
+    fields = {name: vars(flags).get(name, value) for name, value in vars(preset).items()}
+    fields |= {
+        "image_size": tuple(flags.input_size),
+        "norm_pix_loss": bool(flags.norm_pix_loss),
+        "ip_spec": tuple(parse_ip_spec(flags.ip_spec, preset)) if flags.ip_spec else (),
     }
-
-
-# -------------------------------------------------------------------------------------------------
-# What a probe leaves.
-
-PROBE_COLUMNS = (
-    "model probe top1 top5 knn n_train n_held_out n_val pool lr wd epochs batch_size "
-    "data_tr data_val seed seconds folder".split()
-)
-
-
-def append_row(path, values):
-    """Appends a row of these values to a CSV, under its own heading or, in a new file, under
-    PROBE_COLUMNS."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")), open(path, "a+", newline="") as file:
-            file.seek(0)
-            columns = next(csv.reader(file), None)
-            writer = csv.DictWriter(file, columns or PROBE_COLUMNS, extrasaction="ignore")
-            if not columns:
-                writer.writeheader()
-            writer.writerow(values)
-    except OSError as error:
-        raise InputError(f"--save_folder: cannot write {path}: {error.strerror}") from None
-
-
-def draw_probe(path, result, history, confusion):
-    """Draws a probe to a picture: the heads' accuracy by epoch, and what the worst classes are
-    taken for, confusion: their names, the names of the columns, shares (rows, columns)."""
-    from matplotlib.figure import Figure  # slow to import; and Figure alone opens no windows
-
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    best, epochs = result["best"], range(1, len(history) + 1)
-    for number, head in enumerate(result["heads"]):
-        label = f"{head['pool']}, lr {head['lr']:g}, wd {head['wd']:g}"
-        style = {"color": "black", "lw": 2} if number == best else {"lw": 0.8, "alpha": 0.8}
-        top1 = [record["top1"][number] for record in history]
-        left.plot(epochs, top1, label=label + " (reported)" * (number == best), **style)
-    top5 = [record["top5"][best] for record in history]
-    left.plot(epochs, top5, "--", color="gray", label="top-5 of the reported head")
-    left.set(xlabel="epoch", ylabel="validation accuracy, top-1", ylim=(0, 1.02))
-    left.grid(alpha=0.3)
-    left.legend(fontsize=7, loc="lower right")
-    rows, columns, shares = confusion
-    shares = np.asarray(shares)
-    right.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for row, column in np.argwhere(shares >= 0.005):
-        shade = "white" if shares[row, column] > 0.5 else "black"
-        text = f"{shares[row, column] * 100:.0f}"
-        right.text(column, row, text, ha="center", va="center", fontsize=7, color=shade)
-    right.set_xticks(range(len(columns)), [name[:16] for name in columns], rotation=60, fontsize=7)
-    right.set_yticks(range(len(rows)), [name[:16] for name in rows], fontsize=7)
-    right.set(xlabel="taken for", ylabel="class")
-    right.set_title(f"the {len(rows)} worst classes, % of their images", fontsize=10)
-    figure.suptitle(f"{result['model']}: top-1 {result['top1']:.2%}", fontsize=10)
-    write_atomically(path, lambda file: figure.savefig(file, dpi=100, format="png"))
+    del fields["norm_eps"]
+    return fields

@@ -11,26 +11,24 @@ import torch
 import torch.nn.functional as F
 
 import Data
-import Flags
 import IO
+import Utils
 from Augmentation import transforms
-from Checkpoints import check_writable
-from Encoders import extract_features, load_encoder, nearest_neighbors
-from FullProbe import full_probe
+from internals import runs
+from internals.encoders import extract_features, load_encoder, nearest_neighbors
+from internals.full_probe import full_probe
+from internals.processes import StopSignal, adopt_slurm_step, launch, run_command
+from internals.runs import check_writable
 from Utils import (
     InputError,
-    StopSignal,
     Stream,
-    adopt_slurm_step,
     choose_dtype,
     join_processes,
-    launch,
     learning_rate,
     mix_seeds,
     naming,
     permutation,
     rank,
-    run_command,
     say,
 )
 
@@ -61,7 +59,7 @@ def linear_probe(
     optimizer = torch.optim.AdamW([weight, bias], weight_decay=weight_decay, fused=True)
     steps = epochs * -(-n // batch_size)
     step = 0
-    for epoch in IO.watch(range(epochs), "probe head", epochs, unit="epochs"):
+    for epoch in Utils.watch(range(epochs), "probe head", epochs, unit="epochs"):
         order = permutation(n, mix_seeds(seed, Stream.PROBE, epoch)).to(features.device)
         for batch in order.split(batch_size):
             optimizer.param_groups[0]["lr"] = learning_rate(
@@ -172,7 +170,7 @@ def fast_probe(flags, images_tr, images_val, size, device, n_codes=1, **loading)
 def main(argv=None):
     """Probes an encoder; the last line of the output is a JSON object."""
     adopt_slurm_step()
-    run_command(lambda: start(Flags.parse_probe_flags(argv)))
+    run_command(lambda: start(IO.parse_probe_flags(argv)))
 
 
 def start(flags):
@@ -221,7 +219,7 @@ def run(flags, images_tr, images_val):
     if rank() == 0:
         path = Path(flags.save_folder).expanduser() / "probes" / "results.csv"
         data = {"data_tr": flags.data_tr, "data_val": flags.data_val, "seed": flags.seed}
-        IO.append_row(path, {**result, **data})
+        runs.append_row(path, {**result, **data})
     say(json.dumps(result))
 
 

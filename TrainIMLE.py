@@ -16,40 +16,30 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import Data
-import Flags
 import IO
 import Samplers
+import Utils
 from Augmentation import normalize, transforms
-from Checkpoints import locate_run
-from Models import (
-    PRESETS,
-    ModelConfig,
-    build,
-    in_precision,
-    masked_target,
-    parameter_groups,
-)
+from internals import runs
+from internals.processes import Stopped, StopSignal, adopt_slurm_step, launch, run_command
+from internals.runs import locate_run
+from internals.weights import PUBLISHED
+from Models import PRESETS, ModelConfig, build, in_precision, masked_target, parameter_groups
 from Samplers import code_passes, image_losses
 from Utils import (
     RunError,
-    Stopped,
-    StopSignal,
-    adopt_slurm_step,
     autocast,
     choose_dtype,
     fastest_dtype,
     from_first_process,
     join_processes,
-    launch,
     learning_rate,
     naming,
-    run_command,
     say,
     sum_over_processes,
     world_size,
 )
 from Validation import make_validation
-from Weights import PUBLISHED
 
 # -------------------------------------------------------------------------------------------------
 # The algorithm.
@@ -80,7 +70,7 @@ def train(
         # Loads the pool's images; then IMLE: a code for each.
         codes = choose_pool_codes(model, pool, loader, progress, **sampling)
         batches = Data.minibatches(pool, codes, **batching, **progress.place)
-        for batch in IO.watch(batches, "gradient steps", batching["steps"], unit="steps"):
+        for batch in Utils.watch(batches, "gradient steps", batching["steps"], unit="steps"):
             progress.step_done(*train_step(network, batch, rates(progress.step), **stepping))
             keeper.after_step(progress)
             validate(model, progress)
@@ -204,7 +194,7 @@ def choose_pool_codes(
     fast_model = in_precision(model, dtype) if choosing else None
     start = time.perf_counter()
     chunks = Data.copied(chunks, device)
-    for rows, images, on_device in IO.watch(chunks, what, n, after_each=after_each):
+    for rows, images, on_device in Utils.watch(chunks, what, n, after_each=after_each):
         pool.images[rows] = images
         if choosing:
             chunk = (on_device, pool.mask_noise[rows], pool.seeds[rows])
@@ -284,7 +274,7 @@ class Progress:
 class Keeper:
     """Logs epochs and saves checkpoints when they are due."""
 
-    record: IO.Run
+    record: runs.Run
     stop: StopSignal
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -365,7 +355,7 @@ class Keeper:
             text += f"; codes {values['sampling/first_losses']:.4f} mean, "
             text += f"{values['sampling/end_losses']:.4f} best, "
             text += f"{values['sampling/codes_per_sec']:,.0f}/s"
-        text += f"; {IO.duration(now - self.epoch_started)}, {IO.duration(left)} left"
+        text += f"; {Utils.duration(now - self.epoch_started)}, {Utils.duration(left)} left"
         say(text)
         self.epoch_started = now
         if self.save_iter > 0 and progress.epoch % self.save_iter == 0:
@@ -397,7 +387,7 @@ def make_model(flags, checkpoint):
         model = build(ModelConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
         return model
-    fields = Flags.model_fields(flags)
+    fields = IO.model_fields(flags)
     if not flags.finetune:
         return build(ModelConfig(**fields))
     with naming("--mae_weights" if flags.mae_weights else "--finetune 1"):
@@ -427,7 +417,9 @@ def loop_options(flags, device, optimizer, scaler, stop, train_dtype, dtype, pro
             "tries": flags.tries if flags.sampler == "surrogate" else None,
             "rs_epsilon": flags.rs_epsilon,
             **masking,
-            "forecast": IO.Forecast(device, (flags.epochs - progress.epoch) * flags.ex_per_epoch),
+            "forecast": Utils.Forecast(
+                device, (flags.epochs - progress.epoch) * flags.ex_per_epoch
+            ),
             "stop": stop,
         },
         "batching": {
@@ -488,7 +480,7 @@ def run(flags, images_tr, images_val):
     progress = Progress() if checkpoint is None else Progress(**checkpoint["progress"])
     dtype = choose_dtype(flags.sample_dtype, device)
     train_dtype = fastest_dtype(device) if flags.fp16 else torch.float32
-    record, stop = IO.Run(folder, flags, checkpoint, found), StopSignal()
+    record, stop = runs.Run(folder, flags, checkpoint, found), StopSignal()
     loading = {
         "num_workers": flags.num_workers,
         "timeout": flags.loader_timeout,
@@ -541,7 +533,7 @@ def start(flags):
 def main(argv=None):
     """Trains as the command line says."""
     adopt_slurm_step()
-    run_command(lambda: start(Flags.parse_flags(argv)))
+    run_command(lambda: start(IO.parse_flags(argv)))
 
 
 if __name__ == "__main__":

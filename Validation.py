@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 
 import Data
-import IO
 import LinearProbe
+import Utils
 from Augmentation import normalize, transforms
+from internals import plots, runs
+from internals.processes import StopSignal
 from Models import completions, in_precision
 from Samplers import code_passes, image_losses
-from Utils import StopSignal, Stream, mix_seeds, random_uniform, say, sum_over_processes
+from Utils import Stream, mix_seeds, random_uniform, say, sum_over_processes
 
 
 @dataclass
@@ -65,7 +67,7 @@ class Validation:
     is due: every steps_per_eval, before the first step and after the last; steps_per_eval=0:
     never."""
 
-    record: IO.Run
+    record: runs.Run
     stop: StopSignal
     loss_examples: Examples
     picture_examples: dict  # name of the grid -> Examples
@@ -123,7 +125,7 @@ class Validation:
         chosen, device = self.loss_examples, model.pos_embed.device
         rows_of_all = torch.zeros(len(chosen.indices), 4, device=device)
         chunks = chosen.loader.chunks(chosen.indices, chosen.seeds, self.images_per_pass)
-        for rows, images in IO.watch(chunks, "validation", len(chosen.indices)):
+        for rows, images in Utils.watch(chunks, "validation", len(chosen.indices)):
             images, mask_noise, seeds = prepare(model, images, chosen.seeds[rows])
             rows_of_all[rows] = evaluate(
                 model,
@@ -155,7 +157,7 @@ class Validation:
             cells[rows] = completions(model, images, mask_noise, codes, self.mask_ratio)
         sum_over_processes(cells)
         headers = ["image", "masked", *([f"code {i + 1}" for i in range(k)] or ["completion"])]
-        return IO.picture_grid(
+        return plots.picture_grid(
             cells.cpu(), headers, caption(name, step, model.config.norm_pix_loss)
         )
 
@@ -172,7 +174,7 @@ def caption(name, step, norm_pix_loss):
     """What a grid shows."""
     of = "training" if name.endswith("train") else "validation"
     text = f"Completions of {of} images after {step} gradient steps, visible patches pasted in."
-    return text + IO.NORMALIZED if norm_pix_loss else text
+    return text + plots.NORMALIZED if norm_pix_loss else text
 
 
 def summary(step, values):
@@ -183,7 +185,7 @@ def summary(step, values):
     if "fast_linear_probe/acc_te" in values:
         text += f"; probe {values['fast_linear_probe/acc_te']:.3f}"
         text += f", k-NN {values['fast_linear_probe/knn_te']:.3f}"
-    return f"{text} ({IO.duration(values['time/validation_seconds'])})"
+    return f"{text} ({Utils.duration(values['time/validation_seconds'])})"
 
 
 def make_validation(record, stop, flags, images_tr, images_val, device, dtype, loading, last_step):

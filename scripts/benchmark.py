@@ -3,14 +3,13 @@
 
 import json
 import sys
-from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+import _path  # noqa: F401 (makes the modules importable)
+from benchmarks import data, frontier, probe, sampling, train
 
-from benchmarks import data, frontier, probe, sampling, train  # noqa: E402 (the line above)
-
-from Flags import Parser  # noqa: E402
-from Utils import run_command, write_atomically  # noqa: E402
+from internals.processes import run_command
+from IO import Parser
+from Utils import write_atomically
 
 # Each has add_flags(parser) and measure(args) -> Tables, one by one.
 BENCHMARKS = {

@@ -4,29 +4,22 @@ code.
 python scripts/complete.py demo/imle_mnist.pt PICTURE [PICTURE ...] --codes 8 --out grid.png"""
 
 import math
-import sys
 from pathlib import Path
 
+import _path  # noqa: F401 (makes the modules importable)
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from Flags import SWITCH, Parser, check_mask_ratio, real, whole  # noqa: E402 (the line above makes it importable)
-from IO import NORMALIZED, load_model, picture_grid  # noqa: E402
-from Models import completions, in_precision  # noqa: E402
-from Samplers import code_passes  # noqa: E402
-from Utils import (  # noqa: E402
-    InputError,
-    Stream,
-    fastest_dtype,
-    mix_seeds,
-    run_command,
-)
-from Validation import prepare  # noqa: E402
-from Weights import SOURCES  # noqa: E402
+from internals.plots import NORMALIZED, picture_grid
+from internals.processes import run_command
+from internals.weights import SOURCES, load_model
+from IO import SWITCH, Parser, check_mask_ratio, real, whole
+from Models import completions, in_precision
+from Samplers import code_passes
+from Utils import InputError, Stream, fastest_dtype, mix_seeds
+from Validation import prepare
 
 CODES_PER_PASS = 16
 MOSAIC = 4, 8  # rows and columns of a picture's mosaic

@@ -1,16 +1,13 @@
 """Writes a model's encoder, without codes, as timm's VisionTransformer loads it, and shows how."""
 
 import argparse
-import sys
-from pathlib import Path
 
+import _path  # noqa: F401 (makes the modules importable)
 import safetensors.torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from IO import load_model  # noqa: E402 (the line above makes it importable)
-from Utils import InputError, run_command, write_atomically  # noqa: E402
-from Weights import SOURCES  # noqa: E402
+from internals.processes import run_command
+from internals.weights import SOURCES, load_model
+from Utils import InputError, write_atomically
 
 ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 

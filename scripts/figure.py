@@ -3,17 +3,15 @@ gradient steps and over the time spent training; and prints where they end.
 
 python scripts/figure.py FOLDER --out figure.png, where runs have the uids ARM-SEED"""
 
-import sys
 from pathlib import Path
 
+import _path  # noqa: F401 (makes the modules importable)
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from Checkpoints import read_config  # noqa: E402 (the line above makes it importable)
-from Flags import Parser  # noqa: E402
-from IO import duration, read_metrics  # noqa: E402
-from Utils import InputError, run_command, write_atomically  # noqa: E402
+from internals.processes import run_command
+from internals.runs import read_config, read_metrics
+from IO import Parser
+from Utils import InputError, duration, write_atomically
 
 PANELS = {  # title -> {key in metrics.jsonl: (style, label)}
     "linear probe, accuracy": {"fast_linear_probe/acc_te": ("-", "")},

@@ -4,24 +4,23 @@ codes and the chosen one, what gradient steps change: the pictures of docs/how_i
 python scripts/how_it_works.py demo/imle_mnist.pt"""
 
 import math
-import sys
 from functools import partial
 from pathlib import Path
 
+import _path  # noqa: F401 (makes the modules importable)
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import Data  # noqa: E402 (the line above makes it importable)
-import Models  # noqa: E402
-import TrainIMLE  # noqa: E402
-from Augmentation import normalize, transforms  # noqa: E402
-from Flags import Parser, check_mask_ratio, real, whole  # noqa: E402
-from IO import load_model, picture_grid  # noqa: E402
-from Samplers import image_losses, ranks  # noqa: E402
-from Utils import InputError, run_command, write_atomically  # noqa: E402
-from Weights import SOURCES  # noqa: E402
+import Data
+import Models
+import TrainIMLE
+from Augmentation import normalize, transforms
+from internals.plots import picture_grid
+from internals.processes import run_command
+from internals.weights import SOURCES, load_model
+from IO import Parser, check_mask_ratio, real, whole
+from Samplers import image_losses, ranks
+from Utils import InputError, write_atomically
 
 SHOWN = 6  # images in the picture of masks
 ROWS = 3  # images in the picture of codes

@@ -6,12 +6,12 @@ import contextlib
 import io
 import os
 import secrets
-import sys
 import tarfile
 import zlib
 from array import array
 from pathlib import Path
 
+import _path  # noqa: F401 (makes the modules importable)
 import lmdb
 from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset
@@ -19,11 +19,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from Data import end_workers_at_exit, leave_signals, open_images  # noqa: E402 (the line above makes it importable)
-from Stores import SLACK, LmdbImages, TarImages, lmdb_head, lmdb_item  # noqa: E402
-from Utils import InputError, run_command, say  # noqa: E402
+from Data import end_workers_at_exit, leave_signals, open_images
+from internals.processes import run_command
+from internals.stores import SLACK, LmdbImages, TarImages, lmdb_head, lmdb_item
+from Utils import InputError, say
 
 BATCH = 64  # images that a worker sends at a time
 TRANSACTION = 2**26  # bytes that an LMDB takes at a time

@@ -3,14 +3,14 @@ scripts/runs.py FOLDER [FOLDER ...] [--plot FILE], folders of runs or that hold 
 
 import math
 import os
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import _path  # noqa: F401 (makes the modules importable)
 
-from Checkpoints import is_running, read_config  # noqa: E402 (the line above makes it importable)
-from Flags import Parser  # noqa: E402
-from IO import draw_curves, duration, read_metrics  # noqa: E402
+from internals.plots import draw_curves
+from internals.runs import is_running, read_config, read_metrics
+from IO import Parser
+from Utils import duration
 
 COLUMNS = {  # heading -> (key in metrics.jsonl, format)
     "steps": ("pretrain/step", "{:d}"),

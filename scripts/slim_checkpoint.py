@@ -2,14 +2,12 @@
 it, but can start."""
 
 import argparse
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import _path  # noqa: F401 (makes the modules importable)
 
-from IO import save_checkpoint  # noqa: E402 (the line above makes it importable)
-from Utils import InputError, run_command  # noqa: E402
-from Weights import read_checkpoint  # noqa: E402
+from internals.checkpoints import read_checkpoint, save_checkpoint
+from internals.processes import run_command
+from Utils import InputError
 
 
 def main(argv=None):

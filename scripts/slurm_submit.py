@@ -12,18 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import _path  # noqa: F401 (makes the modules importable)
 
-from Flags import (  # noqa: E402 (the line above makes it importable)
-    Parser,
-    check_processes,
-    real,
-    resolve_flags,
-    training_parser,
-    whole,
-)
-from Utils import InputError, run_command  # noqa: E402
+from internals.processes import run_command
+from IO import Parser, check_processes, real, resolve_flags, training_parser, whole
+from Utils import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 TEMPLATE = Path(__file__).with_name("slurm_template.sh")
 STAGED = '"${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/imle-ssl-$SLURM_JOB_ID"'  # node-local, of this job

@@ -8,37 +8,37 @@ python scripts/what_codes_add.py FOLDER --out codes.png"""
 
 import dataclasses
 import math
-import sys
 from pathlib import Path
 
+import _path  # noqa: F401 (makes the modules importable)
 import numpy as np
 import torch
+from figure import arms, called, check_folder, print_table  # noqa: E402
 from torch import nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from figure import arms, called, check_folder, print_table  # noqa: E402
-
-import Data  # noqa: E402 (the line above makes it importable)
-import Models  # noqa: E402
-from Augmentation import denormalize, normalize, transforms  # noqa: E402
-from Checkpoints import checkpoint_paths, read_config  # noqa: E402
-from Flags import Parser, real, whole  # noqa: E402
-from IO import load_model, picture_grid, watch  # noqa: E402
-from Samplers import image_losses  # noqa: E402
-from Utils import (  # noqa: E402
+import Data
+import Models
+from Augmentation import denormalize, normalize, transforms
+from internals.checkpoints import checkpoint_paths
+from internals.plots import picture_grid
+from internals.processes import run_command
+from internals.runs import read_config
+from internals.weights import load_model
+from IO import Parser, real, whole
+from Samplers import image_losses
+from Utils import (
     InputError,
     Stream,
     fastest_dtype,
     mix_seeds,
     random_normal,
-    run_command,
     say,
     seeded,
+    watch,
     write_atomically,
 )
-from Validation import examples, prepare  # noqa: E402
+from Validation import examples, prepare
 
 NOISE, UNTRAINED = "MAE + noise", "untrained"
 IMAGES_PER_PASS = 8

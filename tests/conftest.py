@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import Models
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import Models  # noqa: E402 (the line above makes it importable)
 
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 DEMO_DATA = ["--data_tr", "demo/mnist_train.tar", "--data_val", "demo/mnist_val.tar"]

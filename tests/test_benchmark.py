@@ -8,11 +8,11 @@ import torch
 from conftest import ROOT, command
 from PIL import Image
 
-import IO
-import Models
-
 sys.path.append(str(ROOT / "scripts"))
 from benchmarks.plain import plain_losses, plain_model  # noqa: E402 (the line above)
+
+import IO
+import Models
 
 PROGRAM = (sys.executable, "scripts/benchmark.py")
 TINY = "--arch vit_demo --input_size 28 --repeats 1 --device cpu".split()

@@ -28,15 +28,14 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
-import Augmentation
-import Data
-import Flags
-import Stores
-import Utils
-from Utils import InputError, seeded
-
 sys.path.insert(0, str(ROOT / "scripts"))
 import pack  # noqa: E402 (the line above makes it importable)
+
+import Augmentation
+import Data
+import IO
+from internals import processes, stores
+from Utils import InputError, seeded
 
 LONG = "/".join(["long" * 30] * 3)  # longer than any header field of a TAR
 NAMES = (
@@ -45,7 +44,7 @@ NAMES = (
 ).split() + ["a b/c d.png"]
 DECODERS = ["pillow"]
 with contextlib.suppress(InputError):  # not installed, or made for another torch
-    Stores.check_decoder("torchcodec")
+    stores.check_decoder("torchcodec")
     DECODERS.append("torchcodec")
 POOL = {"seed": 3, "shuffle": True, "fix_mask_noise": False, "image_size": (6, 8), "n_patches": 5}
 
@@ -84,7 +83,7 @@ def assert_equals_image_folder(images, folder):
         assert np.array_equal(image, expected[i][0])
 
 
-class Named(Stores.Images):
+class Named(stores.Images):
     """Images that exist by name only: `counts` of each class."""
 
     def __init__(self, *counts):
@@ -246,7 +245,7 @@ def test_a_damaged_image_is_an_error_that_names_it(tmp_path, make):
     images = Data.open_images(make(folder))
     images.load(0)
     for index, name in enumerate(["a/cut.jpg", "b/empty.jpg", "b/text.png"], start=1):
-        with pytest.raises(Stores.ImageError, match=name):
+        with pytest.raises(stores.ImageError, match=name):
             images.load(index)
 
 
@@ -259,7 +258,7 @@ def test_a_damaged_image_ends_the_command_in_one_line(
     images, indices = Data.open_images(folder), torch.arange(2)
     loader = Data.ImageLoader(images, Augmentation.resize((8, 8)), num_workers=num_workers)
     with pytest.raises(SystemExit) as ended:
-        Utils.run_command(lambda: list(loader.chunks(indices, indices, 1)))
+        processes.run_command(lambda: list(loader.chunks(indices, indices, 1)))
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "a/cut.jpg" in line
@@ -342,7 +341,7 @@ def test_odd_images_are_the_same_in_each_store_as_in_image_folder(tmp_path, phot
             assert images.target(i) == target
             name = os.path.basename(name)
             if name in damaged:
-                with pytest.raises(Stores.ImageError) as refusal:
+                with pytest.raises(stores.ImageError) as refusal:
                     images.load(i)
                 (line,) = str(refusal.value).splitlines()
                 assert str(path) in line and f"a/{name}: " in line
@@ -367,7 +366,7 @@ def test_bytes_damaged_anywhere_are_an_image_or_an_error(tmp_path, photo, form):
             try:
                 image = Data.open_images(folder, image_decoder=image_decoder).load(0)
                 assert pixels(image).shape[2] == 3
-            except Stores.ImageError as error:
+            except stores.ImageError as error:
                 assert "a/1.png" in str(error)
 
 
@@ -381,10 +380,10 @@ def test_torchcodec_s_pipeline_differs_from_pillow_s_by_rounding(photo, name):
     differences = []
     for seed in range(20):
         with seeded(seed):
-            pillow = transform(Stores.decode_by_pillow(content))
+            pillow = transform(stores.decode_by_pillow(content))
             after = torch.rand(1)
         with seeded(seed):
-            tensor = transform(Stores.decode_by_torchcodec(content))
+            tensor = transform(stores.decode_by_torchcodec(content))
             assert torch.rand(1) == after
         differences.append((pillow.int() - tensor.int()).abs().float())
     differences = torch.stack(differences)
@@ -409,7 +408,7 @@ def test_a_decoder_that_is_not_installed_ends_in_one_line(monkeypatch, capsys):
     with pytest.raises(InputError, match="torchcodec does not load .*pip install"):
         Data.open_images(ROOT / "demo/mnist_val.tar", image_decoder="torchcodec")
     with pytest.raises(SystemExit) as ended:
-        Flags.parse_flags("--data_tr a --data_val b --image_decoder torchcodec".split())
+        IO.parse_flags("--data_tr a --data_val b --image_decoder torchcodec".split())
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--image_decoder: torchcodec does not load" in line
@@ -451,7 +450,7 @@ def test_skip_bad_images_replaces_by_the_next_of_the_class_up_to_one_in_a_thousa
     (thousand / "c1/0001.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"3 of 2000 images .* more than 0.1%.*c1/0001.png"):
         load_all(loader, *[torch.arange(502)] * 2, 64)
-    with pytest.raises(Stores.ImageError, match="c0/1000.png"):
+    with pytest.raises(stores.ImageError, match="c0/1000.png"):
         load_all(Data.ImageLoader(Data.open_images(thousand), resize, num_workers=0), indices,
             indices)  # fmt: skip
 
@@ -473,7 +472,7 @@ def test_a_class_without_one_sound_image_is_an_error(thousand):
     items = Data.SeededImages(
         Data.open_images(thousand, skip_bad_images=True), Augmentation.resize((2, 3))
     )
-    with pytest.raises(Stores.ImageError, match="c2/0002.png"):
+    with pytest.raises(stores.ImageError, match="c2/0002.png"):
         items[1000, 0]
 
 

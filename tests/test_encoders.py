@@ -9,10 +9,10 @@ import torch
 import torchvision
 from conftest import ROOT, command
 
-import Encoders
 import IO
 from Augmentation import MEAN, STD, normalize
-from Checkpoints import save_checkpoint
+from internals import encoders
+from internals.checkpoints import save_checkpoint
 from Models import PRESETS, ModelConfig, build
 from Utils import InputError, mix_seeds
 
@@ -32,12 +32,12 @@ def scaled(images, mean, std):
 
 def features(encoder, images, parts=("cls", "mean"), n_codes=0, seed=0):
     seeds = mix_seeds(seed, torch.arange(len(images)))
-    return Encoders.image_features(encoder, images, seeds, parts, n_codes)
+    return encoders.image_features(encoder, images, seeds, parts, n_codes)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"])
 def test_timm_s_vit_gives_class_token_and_patches_as_timm_does(name):
-    encoder = Encoders.load_encoder(f"untrained:timm:{name}", size=(56, 56), seed=1)
+    encoder = encoders.load_encoder(f"untrained:timm:{name}", size=(56, 56), seed=1)
     network, images = encoder.network, random_images(size=(56, 56))
     config = network.pretrained_cfg
     assert (encoder.mean, encoder.std) == (config["mean"], config["std"])
@@ -53,7 +53,7 @@ def test_timm_s_vit_gives_class_token_and_patches_as_timm_does(name):
 @pytest.mark.parametrize("name", ["resnet10t", "vit_pwee_patch16_reg1_gap_256", "mixer_s32_224"])
 def test_timm_s_other_models_give_what_their_classifier_sees(name):
     size = (224, 224) if "mixer" in name else (32, 32)
-    encoder = Encoders.load_encoder(f"untrained:timm:{name}", size=size)
+    encoder = encoders.load_encoder(f"untrained:timm:{name}", size=size)
     images = random_images(size=size)
     config = encoder.network.pretrained_cfg
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_torchvision_s_resnet_gives_what_its_classifier_sees(tmp_path):
     torch.manual_seed(0)
     whole = torchvision.models.resnet18(num_classes=7)  # another classifier than ImageNet's
     torch.save(whole.state_dict(), tmp_path / "mine.pth")
-    encoder = Encoders.load_encoder(f"torchvision:resnet18={tmp_path}/mine.pth", size=(32, 32))
+    encoder = encoders.load_encoder(f"torchvision:resnet18={tmp_path}/mine.pth", size=(32, 32))
     whole.fc = torch.nn.Identity()
     images = random_images()
     with torch.no_grad():
@@ -81,10 +81,10 @@ def test_timm_s_weights_come_from_a_file(tmp_path):
     torch.manual_seed(0)
     whole = timm.create_model("resnet10t", num_classes=5)
     torch.save(whole.state_dict(), tmp_path / "mine.pth")
-    encoder = Encoders.load_encoder(f"timm:resnet10t={tmp_path}/mine.pth", size=(32, 32))
+    encoder = encoders.load_encoder(f"timm:resnet10t={tmp_path}/mine.pth", size=(32, 32))
     assert torch.equal(encoder.network.conv1[0].weight, whole.conv1[0].weight)
     with pytest.raises(InputError, match="does not fit: .* tensors, first"):
-        Encoders.load_encoder(f"timm:resnet18={tmp_path}/mine.pth")
+        encoders.load_encoder(f"timm:resnet18={tmp_path}/mine.pth")
 
 
 @pytest.mark.parametrize("kind", ["timm", "torchvision"])
@@ -96,13 +96,13 @@ def test_weights_that_can_t_be_fetched_end_in_what_to_do(kind, monkeypatch, tmp_
     monkeypatch.setattr("timm.create_model", fail)
     monkeypatch.setattr("urllib.request.urlopen", fail)
     with pytest.raises(InputError, match="could not fetch .*no network.*elsewhere and") as caught:
-        Encoders.load_encoder(f"{kind}:resnet18")
+        encoders.load_encoder(f"{kind}:resnet18")
     assert "\n" not in str(caught.value)
 
 
 def test_pixels_are_features_too():
     images = random_images(size=(5, 4))
-    encoder = Encoders.load_encoder("pixels", size=(5, 4))
+    encoder = encoders.load_encoder("pixels", size=(5, 4))
     assert encoder.config.image_size == (5, 4) and encoder.config.dim == 60
     assert torch.equal(features(encoder, images, ("cls",))[:, 0], normalize(images).flatten(1))
 
@@ -111,7 +111,7 @@ def test_pixels_are_features_too():
 def test_untrained_networks_are_the_same_by_seed_and_have_the_trained_ones_sizes(source):
     state = torch.get_rng_state()
     one, same, other = (
-        Encoders.load_encoder(f"untrained:{source}", size=(28, 28), seed=seed).state_dict()
+        encoders.load_encoder(f"untrained:{source}", size=(28, 28), seed=seed).state_dict()
         for seed in (0, 0, 1)
     )
     assert torch.equal(torch.get_rng_state(), state)

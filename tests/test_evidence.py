@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import ROOT, TINY, command, metrics, run_folder
 
-import IO
-
 sys.path.append(str(ROOT / "scripts"))
 import figure  # noqa: E402 (the line above)
 import what_codes_add  # noqa: E402
+
+from internals import runs
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 6])
@@ -70,7 +70,7 @@ def test_training_time_leaves_out_validation_and_goes_on_with_the_run(tmp_path):
     flags = [*TINY, "--steps_per_eval", 4, "--save_folder", tmp_path, "--uid", "timed"]
     for epochs in (2, 3):
         command(*flags, "--epochs", epochs)
-    records = IO.read_metrics(run_folder(tmp_path))
+    records = runs.read_metrics(run_folder(tmp_path))
     times = [record["time/training_seconds"] for record in records]
     assert times == sorted(times) and times[0] < times[-1]
     epochs = sum(record.get("time/epoch_seconds", 0) for record in records)

@@ -27,11 +27,10 @@ from conftest import (
     step_options,
 )
 
-import Checkpoints
 import IO
 import TrainIMLE
 import Utils
-import Weights
+from internals import checkpoints
 from Utils import RunError
 
 RUN = [*TINY, "--steps_per_eval", 2, "--uid", "tiny"]  # the run of the fixture tiny_run
@@ -297,7 +296,7 @@ def save_and_die(folder, state, at, monkeypatch):
             else:
                 dying = lambda path, mode: DyingFile(path, mode, at)  # noqa: E731
                 monkeypatch.setattr(Utils, "open", dying, raising=False)
-            IO.save_checkpoint(
+            checkpoints.save_checkpoint(
                 folder / f"checkpoints/step_{state['progress']['step']:08d}.pt", state
             )
         finally:
@@ -315,7 +314,7 @@ def test_kill_9_at_20_points_of_a_save__the_newest_whole_checkpoint_loads_and_th
     points = [*(round(size * i / 16) for i in range(1, 17)), 1, "fsync", "closed", "renamed"]
     for at in points:
         save_and_die(folder, state, at, monkeypatch)
-        _, found = Checkpoints.newest_checkpoint(folder)
+        _, found = checkpoints.newest_checkpoint(folder)
         assert found["progress"]["step"] == (9 if at == "renamed" else 8), at
     final_path(folder).unlink()
     assert len(list(folder.glob("checkpoints/.*.tmp"))) == len(points) - 1
@@ -457,9 +456,9 @@ def test_a_newest_checkpoint_cut_flipped_empty_hostile_or_foreign__the_one_befor
     before = newest.with_name("step_00000007.pt")
     content = torch.load(newest, weights_only=True)
     content["progress"]["step"] = 7
-    IO.save_checkpoint(before, content)
+    checkpoints.save_checkpoint(before, content)
     damage(newest, tmp_path / "canary")
-    assert Checkpoints.newest_checkpoint(run_folder(copied))[0] == before
+    assert checkpoints.newest_checkpoint(run_folder(copied))[0] == before
     said = capsys.readouterr().out
     assert str(newest) in said and "using the one before" in said
     assert not (tmp_path / "canary").exists()
@@ -468,14 +467,14 @@ def test_a_newest_checkpoint_cut_flipped_empty_hostile_or_foreign__the_one_befor
 def test_any_bit_flipped_in_a_checkpoint__is_noticed_or_changes_nothing(tmp_path):
     path, places = tmp_path / "x.pt", random.Random(0)
     state = {"weights": torch.randn(40, 40), "step": 3}
-    IO.save_checkpoint(path, state)
+    checkpoints.save_checkpoint(path, state)
     whole, noticed = path.read_bytes(), 0
     for _ in range(400):
         content = bytearray(whole)
         content[places.randrange(len(content))] ^= 1 << places.randrange(8)
         path.write_bytes(content)
         try:
-            found = Weights.read_checkpoint(path)
+            found = checkpoints.read_checkpoint(path)
         except Utils.InputError:
             noticed += 1
         else:
@@ -492,7 +491,7 @@ def test_an_error_of_the_disk_while_a_checkpoint_is_read__is_told_and_sets_none_
 
     monkeypatch.setattr(torch, "load", broken)
     with pytest.raises(RunError, match="can't be read: Input/output error"):
-        Checkpoints.newest_checkpoint(run_folder(copied))
+        checkpoints.newest_checkpoint(run_folder(copied))
 
 
 def test_all_checkpoints_damaged__refused_rather_than_started_over(copied, tiny_run):
@@ -616,7 +615,6 @@ def test_memory_that_does_not_suffice__a_line_names_code_bs_sp_and_mini_bs(tmp_p
 
 
 WORKER = """
-import Data
 whole = Data.SeededImages.__getitem__
 def broken(self, key):
     if torch.utils.data.get_worker_info() and key[0] % 7 == 3:
@@ -713,7 +711,6 @@ def test_one_process_of_two_raises__all_end_within_30_seconds_and_its_traceback_
     fault = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import Data
 {NTH_CALL}
 def fault():
     if os.environ["RANK"] == "1":

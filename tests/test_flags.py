@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import Flags
+import IO
 import Models
-from Weights import RUN_PARTS
+from internals.checkpoints import RUN_PARTS
 
-ROOT = Path(Flags.__file__).parent
+ROOT = Path(IO.__file__).parent
 DATA = "--data_tr tr --data_val val"
 SCRATCH = f"{DATA} --finetune 0"
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -51,7 +51,7 @@ def nothing_from_outside(monkeypatch):
 
 
 def parse(text):
-    return Flags.parse_flags(shlex.split(text))
+    return IO.parse_flags(shlex.split(text))
 
 
 def refusal(capsys, parse, text):
@@ -150,7 +150,7 @@ def test_the_two_runs_of_the_readme_parse_and_are_what_the_scripts_run(
     tmp_path, script, suffix, ignore_z, ip_spec
 ):
     words = TWO_RUNS.replace("SUFFIX", suffix).replace("IGNORE_Z", str(ignore_z)).split()
-    flags = Flags.parse_flags([*words[1:], "--gpus", "cpu", "--uid", "x"])
+    flags = IO.parse_flags([*words[1:], "--gpus", "cpu", "--uid", "x"])
     assert (flags.suffix, flags.ignore_z, flags.n_ramp, flags.fp16) == (suffix, ignore_z, 8, False)
     assert (flags.gpus, flags.ip_spec, flags.mae_weights) == (["cpu"], [*ip_spec], None)
     (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')  # says what it was given
@@ -168,7 +168,7 @@ def test_the_two_runs_of_the_readme_parse_and_are_what_the_scripts_run(
         check=True,
     )
     program, *given = done.stdout.splitlines()
-    assert program == words[0] and Flags.parse_flags(given) == flags
+    assert program == words[0] and IO.parse_flags(given) == flags
 
 
 # -------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ REFUSED = [  # flags, and what the line says
 
 @pytest.mark.parametrize(("text", "message"), REFUSED)
 def test_a_mistake_ends_in_one_line_that_names_the_flag(capsys, text, message):
-    line = refusal(capsys, Flags.parse_flags, f"{SCRATCH} {text}")
+    line = refusal(capsys, IO.parse_flags, f"{SCRATCH} {text}")
     assert line.startswith("TrainIMLE.py: error: ")
     assert re.search(message, line), line
 
@@ -263,19 +263,19 @@ def test_a_mistake_ends_in_one_line_that_names_the_flag(capsys, text, message):
 @NO_GPU
 @pytest.mark.parametrize("text", ["--gpus 0", "--gpus 0 1", "--gpus cuda:3"])
 def test_a_gpu_that_is_not_there_is_refused(capsys, text):
-    line = refusal(capsys, Flags.parse_flags, f"{SCRATCH} {text}")
+    line = refusal(capsys, IO.parse_flags, f"{SCRATCH} {text}")
     assert f"{text}: no GPU" in line and "cpu" in line
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny", "vit_small", "vit_demo --input_size 32"])
 def test_finetuning_without_published_weights_says_what_to_do(capsys, arch):
-    line = refusal(capsys, Flags.parse_flags, f"{DATA} --gpus cpu --arch {arch}")
+    line = refusal(capsys, IO.parse_flags, f"{DATA} --gpus cpu --arch {arch}")
     assert "--finetune 1: no weights are published" in line
     assert "--mae_weights" in line and "--finetune 0" in line
 
 
 @pytest.mark.parametrize(
-    ("program", "text"), [(Flags.parse_flags, ""), (Flags.parse_probe_flags, "--model x")]
+    ("program", "text"), [(IO.parse_flags, ""), (IO.parse_probe_flags, "--model x")]
 )
 def test_the_data_are_required(capsys, program, text):
     assert "required: --data_tr" in refusal(capsys, program, f"{text} --data_val val")
@@ -293,7 +293,7 @@ def test_the_data_are_required(capsys, program, text):
     ],
 )
 def test_the_probe_s_mistakes_end_in_one_line_too(capsys, text, message):
-    line = refusal(capsys, Flags.parse_probe_flags, text)
+    line = refusal(capsys, IO.parse_probe_flags, text)
     assert line.startswith("LinearProbe.py: error: ")
     assert re.search(message, line), line
 
@@ -318,7 +318,7 @@ def test_resuming_from_what_is_no_run_s_checkpoint_ends_in_one_line(tmp_path, ca
         torch.save(content, tmp_path / "x.pt")
         for given in ("", SCRATCH):
             text = f"{given} --resume {tmp_path / 'x.pt'}"
-            message = refusal(capsys, Flags.parse_flags, text)
+            message = refusal(capsys, IO.parse_flags, text)
             assert "--resume" in message
             assert ("lacks args, config, metrics_size" in message) == ("foo" in content)
             assert ("it has foo" in message) == ("foo" in content)
@@ -329,9 +329,11 @@ def declared(parser):
 
 
 def test_every_flag_is_read_somewhere():
-    sources = "\n".join(path.read_text() for path in ROOT.glob("*.py"))
+    sources = "\n".join(
+        path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("internals/*.py")]
+    )
     in_models = {field.name for field in dataclasses.fields(Models.ModelConfig)}
-    for parser in Flags.training_parser(), Flags.probe_parser():
+    for parser in IO.training_parser(), IO.probe_parser():
         for name in (action.dest for action in declared(parser)):
             read = rf"\b(flags|args)(\.{name}\b|\[\"{name}\"\])(?! = )"
             assert name in in_models or re.search(read, sources), f"nothing reads --{name}"
@@ -340,8 +342,8 @@ def test_every_flag_is_read_somewhere():
 @pytest.mark.parametrize(
     ("program", "parser"),
     [
-        (Flags.parse_flags, Flags.training_parser),
-        (Flags.parse_probe_flags, Flags.probe_parser),
+        (IO.parse_flags, IO.training_parser),
+        (IO.parse_probe_flags, IO.probe_parser),
     ],
 )
 def test_help_lists_every_flag_with_its_default(capsys, program, parser):

@@ -21,14 +21,14 @@ from safetensors.torch import load_file
 from timm.optim import Lars
 
 import Data
-import Encoders
-import Flags
-import FullProbe
-import Heads
+import IO
 import LinearProbe
+import Utils
 from Augmentation import augment, normalize, resize
-from Heads import Head
-from Utils import Stopped, seeded
+from internals import encoders, full_probe
+from internals.heads import Head, Heads, lars
+from internals.processes import Stopped
+from Utils import seeded
 
 PROGRAM = (sys.executable, "LinearProbe.py")
 MODEL = ["--model", "demo/imle_mnist.pt"]
@@ -66,7 +66,7 @@ def without_time(result):
 def test_lars_is_that_of_mae():
     golden = load_file(ROOT / "tests/golden/mae_lars.safetensors")
     weight, bias = (torch.nn.Parameter(golden[name].clone()) for name in ("w0", "b0"))
-    optimizer = Heads.lars([weight], [bias], [Head("cls", 6.4, 0.0)], scale=1.0)
+    optimizer = lars([weight], [bias], [Head("cls", 6.4, 0.0)], scale=1.0)
     for group in optimizer.param_groups:
         group["lr"] = group["base"]
     for step in range(4):
@@ -107,7 +107,7 @@ def plain_probe(features, labels, start, *, lr, wd, batches, steps, warmup, epoc
 
 @pytest.mark.parametrize("logits", [2**26, 150], ids=["whole", "in parts"])
 def test_heads_side_by_side_learn_as_each_alone_by_mae_s_recipe(logits, monkeypatch):
-    monkeypatch.setattr(Heads, "LOGITS", logits)
+    monkeypatch.setattr("internals.heads.LOGITS", logits)
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(64, 2, 8, generator=generator) * 3 + 1
     labels = torch.randint(0, 7, (64,), generator=generator)
@@ -117,7 +117,7 @@ def test_heads_side_by_side_learn_as_each_alone_by_mae_s_recipe(logits, monkeypa
         for pool in ("cls", "mean", "both")
         for lr, wd in ((0.5, 0.0), (8.0, 0.0), (8.0, 0.1))
     ]
-    heads = Heads.Heads(specs, ("cls", "mean"), 7, 8, scale=32 / 256, seed=3)
+    heads = Heads(specs, ("cls", "mean"), 7, 8, scale=32 / 256, seed=3)
     starts = [weight.detach().clone() for weight in heads.weights]
     losses = [
         heads.step(features[rows], labels[rows], epoch=i / 2, warmup=2, epochs=6)
@@ -150,7 +150,7 @@ def test_heads_side_by_side_learn_as_each_alone_by_mae_s_recipe(logits, monkeypa
 def test_heads_are_saved_whole():
     features, labels = torch.randn(16, 1, 4), torch.arange(16) % 3
     specs, schedule = [Head("mean", 1.0, 0.0)] * 2, {"epoch": 1.0, "warmup": 1, "epochs": 3}
-    first, second = (Heads.Heads(specs, ("mean",), 3, 4, seed=s) for s in (0, 1))
+    first, second = (Heads(specs, ("mean",), 3, 4, seed=s) for s in (0, 1))
     first.step(features, labels, **schedule)
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
@@ -163,7 +163,7 @@ def test_heads_are_saved_whole():
 def test_a_head_that_diverges_leaves_the_others_alone(tmp_path):
     features, labels = torch.randn(32, 1, 4), torch.arange(32) % 3
     specs, losses = [Head("cls", 1.0, 0.0), Head("cls", 1e30, 0.0)], []
-    both, one = (Heads.Heads(some, ("cls",), 3, 4) for some in (specs, specs[:1]))
+    both, one = (Heads(some, ("cls",), 3, 4) for some in (specs, specs[:1]))
     for _ in range(20):
         schedule = {"epoch": 1.0, "warmup": 1, "epochs": 3}
         losses.append([h.step(features, labels, **schedule)[0] for h in (both, one)])
@@ -172,19 +172,19 @@ def test_a_head_that_diverges_leaves_the_others_alone(tmp_path):
     assert not math.isfinite(found["loss"][1]) and math.isfinite(found["loss"][0])
     result = {"model": "x", "top1": 0.5, "best": 0, "heads": [s._asdict() for s in specs]}
     history = [{"training_loss": [1.0, math.nan], "top1": [0.5, 0.1], "top5": [1.0, 1.0]}]
-    confusion = FullProbe.confused(labels, both.predict(features, 0), list("abc"))
-    FullProbe.write_result(tmp_path, result, history, confusion)
+    confusion = full_probe.confused(labels, both.predict(features, 0), list("abc"))
+    full_probe.write_result(tmp_path, result, history, confusion)
     text = (tmp_path / "result.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["history"][0]["training_loss"][1] is None
 
 
 def test_a_part_of_each_class_is_held_out():
     labels = torch.tensor([0] * 20 + [1] * 5 + [2] + [3] * 2)
-    train, held_out = FullProbe.hold_out(labels, 0.2, seed=0)
+    train, held_out = full_probe.hold_out(labels, 0.2, seed=0)
     assert sorted([*train.tolist(), *held_out.tolist()]) == list(range(28))
     assert torch.bincount(labels[held_out], minlength=4).tolist() == [4, 1, 0, 1]
-    assert torch.equal(held_out, FullProbe.hold_out(labels, 0.2, seed=0)[1])
-    assert not torch.equal(held_out, FullProbe.hold_out(labels, 0.2, seed=1)[1])
+    assert torch.equal(held_out, full_probe.hold_out(labels, 0.2, seed=0)[1])
+    assert not torch.equal(held_out, full_probe.hold_out(labels, 0.2, seed=1)[1])
 
 
 def test_the_best_head_is_chosen_on_images_held_out_never_by_validation():
@@ -194,14 +194,14 @@ def test_the_best_head_is_chosen_on_images_held_out_never_by_validation():
         (100, [0.0, 2.0, 1.0], 2),  # a point is within the error
         (100, [0.0, 2.0, math.nan], 1),
     ):
-        assert FullProbe.choose([last | {"held_out_loss": losses}], n_held_out) == best
-    assert FullProbe.choose([{"top1": [0.5]}], 0) == 0
+        assert full_probe.choose([last | {"held_out_loss": losses}], n_held_out) == best
+    assert full_probe.choose([{"top1": [0.5]}], 0) == 0
 
 
 def test_the_worst_classes_and_what_they_are_taken_for():
     labels = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
     predicted = torch.tensor([0, 0, 3, 3, 2, 3, 3, 3])
-    rows, columns, shares = FullProbe.confused(labels, predicted, list("abcd"), most=2)
+    rows, columns, shares = full_probe.confused(labels, predicted, list("abcd"), most=2)
     assert (rows, columns) == (["b", "c"], ["b", "c", "d"])
     assert shares == [[0, 0, 1], [0, 0.5, 0.5]]
 
@@ -214,13 +214,13 @@ def test_the_worst_classes_and_what_they_are_taken_for():
 def demo_features():
     """(features (n, 2, C), labels) of the demo's training images, 50 of each class, as a command's
     --train_n_shot 50 chooses them, and of its validation images, alone."""
-    model, found = Encoders.load_encoder(str(ROOT / "demo/imle_mnist.pt")), []
+    model, found = encoders.load_encoder(str(ROOT / "demo/imle_mnist.pt")), []
     train = Data.few_shot(Data.open_images(ROOT / "demo/mnist_train.tar"), -1, 50, 0)
     for images in train, Data.open_images(ROOT / "demo/mnist_val.tar"):
         indices = torch.arange(len(images))
         loader = Data.ImageLoader(images, resize((28, 28)), num_workers=0)
         options = {"device": CPU_DEVICE, "batch_size": 250, "parts": ("cls", "mean")}
-        features = Encoders.extract(model, loader, indices, indices, **options)
+        features = encoders.extract(model, loader, indices, indices, **options)
         found.append((features, torch.as_tensor(images.targets)))
     return found
 
@@ -230,10 +230,9 @@ def test_the_command_follows_mae_s_recipe_step_by_step(tmp_path, probe_here, dem
     flags += ["--train_n_shot", 50, "--epochs", 6, "--warmup_epochs", 2, "--batch_size", 120]
     result = probe_here(*flags)
     (train, labels), (test, truth) = ((x[:, 0], y) for x, y in demo_features)
-    heads = Heads.Heads([Head("cls", 2.0, 0.0)], ("cls",), 10, 128)
+    heads = Heads([Head("cls", 2.0, 0.0)], ("cls",), 10, 128)
     orders = [
-        FullProbe.permutation(500, FullProbe.mix_seeds(0, FullProbe.Stream.PROBE, epoch))
-        for epoch in range(6)
+        Utils.permutation(500, Utils.mix_seeds(0, Utils.Stream.PROBE, epoch)) for epoch in range(6)
     ]
     assert len({tuple(order.tolist()) for order in orders}) == 6
     losses, norm, linear = plain_probe(
@@ -249,7 +248,7 @@ def test_the_command_follows_mae_s_recipe_step_by_step(tmp_path, probe_here, dem
     ranked = linear(norm(test)).argsort(dim=1, descending=True)
     assert result["top1"] == (ranked[:, 0] == truth).double().mean()
     assert result["top5"] == (ranked[:, :5] == truth[:, None]).any(1).double().mean()
-    assert result["knn"] == Encoders.nearest_neighbors(train, labels, test, truth)
+    assert result["knn"] == encoders.nearest_neighbors(train, labels, test, truth)
     assert (result["n_train"], result["n_held_out"], result["n_val"]) == (500, 0, 1000)
     assert (result["pool"], result["lr"], result["epochs"]) == ("cls", 2.0, 6)
     history = json.loads(next(tmp_path.glob("probes/*/result.json")).read_text())["history"]
@@ -270,11 +269,11 @@ def test_both_probes_are_within_a_point_of_logistic_regression(pool, demo_featur
     for strength in (0.01, 0.1, 1.0):  # as many looks at the test set as the heads have
         classifier = linear_model.LogisticRegression(C=strength, max_iter=1000)
         reached.append(classifier.fit(inputs, labels).score(inputs_test, truth))
-    specs = [Head("cls", lr, 0.0) for lr in Flags.probe_parser().get_default("lrs")]
+    specs = [Head("cls", lr, 0.0) for lr in IO.probe_parser().get_default("lrs")]
     batch = min(512, len(train) // 8)
-    heads = Heads.Heads(specs, ("cls",), 10, 128, scale=batch / 256)
+    heads = Heads(specs, ("cls",), 10, 128, scale=batch / 256)
     for epoch in range(90):
-        rows = FullProbe.permutation(len(train), epoch).split(batch)
+        rows = Utils.permutation(len(train), epoch).split(batch)
         for number, part in enumerate(rows):
             schedule = {"epoch": epoch + number / len(rows), "warmup": 10, "epochs": 90}
             heads.step(train[part][:, None], labels[part], **schedule)
@@ -343,10 +342,10 @@ def test_one_two_and_three_processes_give_the_same_result(
 
 
 def test_each_epoch_crops_an_image_anew_by_seed_epoch_and_image_alone():
-    model = Encoders.load_encoder(str(ROOT / "demo/imle_mnist.pt"))
+    model = encoders.load_encoder(str(ROOT / "demo/imle_mnist.pt"))
     images = Data.open_images(ROOT / "demo/mnist_val.tar")
     transform, indices = augment((28, 28), 0.08), torch.tensor([3, 500, 77, 9, 640, 12, 33])
-    batches = FullProbe.Batches(
+    batches = full_probe.Batches(
         model=model,
         loader=Data.ImageLoader(images, transform, num_workers=0),
         indices=indices,
@@ -356,7 +355,7 @@ def test_each_epoch_crops_an_image_anew_by_seed_epoch_and_image_alone():
         parts=("mean",),
         n_codes=1,
         seed=4,
-        pace=FullProbe.Pace(CPU_DEVICE),
+        pace=full_probe.Pace(CPU_DEVICE),
         varies=True,
     )
     epochs = [list(batches(epoch, 0)) for epoch in (0, 1)]
@@ -369,7 +368,7 @@ def test_each_epoch_crops_an_image_anew_by_seed_epoch_and_image_alone():
         for name, feature in zip(
             names, torch.cat([features for features, _ in found]), strict=True
         ):
-            seed = FullProbe.image_seeds(4, epoch, indices[name])
+            seed = full_probe.image_seeds(4, epoch, indices[name])
             with seeded(seed):
                 image = transform(images.load(int(indices[name])))[None]
             codes = model.sample_codes(seed[None], 1)[:, 0]
@@ -411,12 +410,12 @@ def test_a_probe_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch, use
         argv = [*DEMO_DATA, *MODEL, *CPU, "--train_n_shot", 4, "--epochs", 3, "--lrs", 1, 5]
         argv += ["--batch_size", 5, "--use_augs", use_augs, "--save_folder", folder]
         argv += ["--probe_ignore_z", 0, "--train_n_way", 4, "--val_n_way", 4]
-        flags = Flags.parse_probe_flags([str(word) for word in argv])
+        flags = IO.parse_probe_flags([str(word) for word in argv])
         images = Data.open_pair(
             flags.data_tr, flags.data_val, n_way=4, n_shot=4, seed=0, same_classes=True
         )
-        model = Encoders.load_encoder(flags.model)
-        return FullProbe.full_probe(flags, model, *images, CPU_DEVICE, StopAfter(checks))
+        model = encoders.load_encoder(flags.model)
+        return full_probe.full_probe(flags, model, *images, CPU_DEVICE, StopAfter(checks))
 
     whole = run(tmp_path / "whole", -1)
     torch.manual_seed(7)  # what happened in between has no say

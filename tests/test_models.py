@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import IO
 import Models
-import Weights
+from internals import checkpoints, weights
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = Models.ModelConfig(
@@ -48,7 +48,7 @@ def state():
 def tiny_model(state, ip_spec=(), **options):
     torch.manual_seed(0)
     model = Models.build(dataclasses.replace(TINY, ip_spec=tuple(ip_spec), **options))
-    Weights.load_weights(model, state, TINY.grid)
+    weights.load_weights(model, state, TINY.grid)
     return model
 
 
@@ -329,7 +329,7 @@ def test_checkpoints_rebuild_the_model_with_its_injections(tmp_path, state):
     model = tiny_model(state, SEVERAL)
     path = tmp_path / "ours.pt"
     content = {"model": model.state_dict(), "config": dataclasses.asdict(model.config)}
-    IO.save_checkpoint(path, content)
+    checkpoints.save_checkpoint(path, content)
     again = IO.load_model(path)
     assert again.config == model.config
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())

@@ -11,7 +11,6 @@ from conftest import DEMO_DATA, ROOT, command
 from PIL import Image
 
 import Data
-import Flags
 import IO
 import LinearProbe
 from Augmentation import normalize, resize
@@ -122,7 +121,7 @@ def test_the_fast_probe_leaves_random_numbers_and_the_model_s_mode_alone(monkeyp
     monkeypatch.chdir(ROOT)
     argv = [*DEMO_DATA, "--model", "x", "--fast", "1", "--gpus", "cpu", "--num_workers", "2"]
     argv += "--val_n_way 3 --val_n_shot 4 --probe_epochs 2 --probe_ignore_z 0".split()
-    flags = Flags.parse_probe_flags([*argv, "--probe_augs_per_image", "2"])
+    flags = IO.parse_probe_flags([*argv, "--probe_augs_per_image", "2"])
     images = Data.open_pair(flags.data_tr, flags.data_val, n_way=-1, n_shot=-1, seed=0)
     probe = LinearProbe.fast_probe(flags, *images, (28, 28), torch.device("cpu"))
     assert probe.sizes == (24, 300)

@@ -13,13 +13,13 @@ import pytest
 from conftest import ROOT, TINY, command, metrics, run_folder
 from test_training import assert_same_run, final_state
 
-import Checkpoints
-import Flags
-from Data import open_pair, staged_path
-from Utils import adopt_slurm_step
-
 sys.path.insert(0, str(ROOT / "scripts"))
 import slurm_submit  # noqa: E402 (the line above makes it importable)
+
+import IO
+from Data import open_pair, staged_path
+from internals import runs
+from internals.processes import adopt_slurm_step
 
 TRAINING = [str(ROOT / word) if word.startswith("demo/") else word for word in TINY]
 ON_CPU = "--gpus_per_node 0 --cpus_per_task 1".split()
@@ -197,8 +197,8 @@ def test_what_was_staged_is_read_and_the_run_is_still_named_by_the_original(tmp_
     flags += ["--epochs", 0, "--steps_per_eval", 0, "--save_folder", tmp_path]
     command(*flags, "--staged", tmp_path / "node")
     assert run_folder(tmp_path).name.startswith("TrainIMLE-data_mnist_val-")
-    elsewhere = Flags.parse_flags(list(map(str, [*flags, "--staged", "/elsewhere"])))
-    *_, checkpoint = Checkpoints.locate_run("TrainIMLE", elsewhere)
+    elsewhere = IO.parse_flags(list(map(str, [*flags, "--staged", "/elsewhere"])))
+    *_, checkpoint = runs.locate_run("TrainIMLE", elsewhere)
     assert checkpoint["args"]["staged"] == str(tmp_path / "node")
 
 

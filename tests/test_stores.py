@@ -24,13 +24,13 @@ from PIL import Image
 from test_data import NAMES, assert_equals_image_folder, make_folder, picture, tar, tar_of
 from torch.utils.data import ConcatDataset, DataLoader
 
-import Augmentation
-import Data
-import Stores
-from Utils import InputError
-
 sys.path.insert(0, str(ROOT / "scripts"))
 import pack  # noqa: E402 (the line above makes it importable)
+
+import Augmentation
+import Data
+import internals.stores
+from Utils import InputError
 
 ODD_NAMES = [
     *NAMES,
@@ -334,7 +334,7 @@ def test_an_index_is_made_once_and_anew_when_the_archive_changed(tmp_path, monke
     assert_equals_image_folder(Data.open_images(path), folder)
     assert (tmp_path / "train.tar.index").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(Stores, "TarMembers", None)
+        patch.setattr("internals.stores.TarMembers", None)
         assert_equals_image_folder(Data.open_images(path), folder)
     make_folder(tmp_path / "train", ["c/1.png"])
     tar_of(folder)
@@ -383,7 +383,7 @@ def test_an_index_goes_to_the_cache_or_to_nowhere_where_the_folder_can_t_be_writ
     assert_equals_image_folder(Data.open_images(path), folder)
     (index,) = cache.rglob("*.index")
     with monkeypatch.context() as patch:
-        patch.setattr(Stores, "TarMembers", None)
+        patch.setattr("internals.stores.TarMembers", None)
         assert_equals_image_folder(Data.open_images(path), folder)
     index.unlink()
     index.mkdir()
@@ -507,7 +507,7 @@ def test_damaged_archives_are_refused_or_right(tmp_path, kind, mode):
     assert seen.keys() <= {"refused", "right"}, seen
     if (kind, mode) == ("lmdb", "cut"):  # but for what only pads the end
         lost = [len(data) - random.Random(seed).randrange(len(data)) for seed in seen["right"]]
-        assert max(lost) < 2 * Stores.SLACK
+        assert max(lost) < 2 * internals.stores.SLACK
 
 
 @pytest.mark.parametrize("place", [0, 124, 148, 257])
@@ -525,7 +525,7 @@ def test_an_lmdb_that_is_cut_foreign_or_none_is_refused(tmp_path):
     pack.pack(make_folder(tmp_path / "train", SMALL), tmp_path / "x.lmdb")
     data = (tmp_path / "x.lmdb").read_bytes()
     for name, content in {
-        "cut": data[: -Stores.SLACK - 4096],
+        "cut": data[: -internals.stores.SLACK - 4096],
         "text": b"no LMDB" * 999,
         "empty": b"",
     }.items():
@@ -549,7 +549,7 @@ def test_an_lmdb_that_was_replaced_while_it_was_open_is_noticed(tmp_path):
     pack.pack(make_folder(tmp_path / "second", SMALL[::-1]), tmp_path / "x.lmdb")
     again = pickle.loads(pickle.dumps(images))
     seen = set()
-    for _ in range(2 * Stores.LMDB_READS):
+    for _ in range(2 * internals.stores.LMDB_READS):
         try:
             seen.add(again.read(0) == (first / "a/1.png").read_bytes())
         except InputError:
@@ -591,7 +591,7 @@ class Keys(torch.utils.data.Dataset):
 def test_a_process_that_forked_opens_an_lmdb_for_itself(stores):
     images = Data.open_images(stores["lmdb"])
     images.load(0)
-    opened = Stores.lmdb_file(*images.file)
+    opened = internals.stores.lmdb_file(*images.file)
     inherited = opened.environment
 
     def read():
@@ -721,7 +721,7 @@ def test_packing_what_is_there_already_or_can_t_be_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize("ending", ["lmdb", "tar"])
 def test_packing_checks_what_it_wrote(tmp_path, monkeypatch, ending):
     folder = make_folder(tmp_path / "train", SMALL)
-    store = {"lmdb": Stores.LmdbImages, "tar": Stores.TarImages}[ending]
+    store = {"lmdb": internals.stores.LmdbImages, "tar": internals.stores.TarImages}[ending]
     real = store.read
     monkeypatch.setattr(store, "read", lambda images, i: real(images, i)[: -1 if i == 2 else None])
     with pytest.raises(InputError, match="b/1.png read back is not what was packed"):

@@ -35,6 +35,7 @@ import Samplers
 import TrainIMLE
 import Validation
 from Augmentation import transforms
+from internals import checkpoints
 from Utils import RunError, fastest_dtype, learning_rate
 
 
@@ -522,7 +523,7 @@ def test_a_run_goes_on_although_a_flag_is_newer_than_it(tiny_run, tmp_path):
     path = final_path(run_folder(tmp_path))
     content = torch.load(path, weights_only=True)
     del content["args"]["clip_grad"]
-    IO.save_checkpoint(path, content)
+    checkpoints.save_checkpoint(path, content)
     flags = [*TINY, "--steps_per_eval", 2, "--uid", "tiny", "--save_folder", tmp_path]
     assert "going on after step 8" in command(*flags, "--epochs", 3).stdout
 

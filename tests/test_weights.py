@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import IO
 import Models
-import Weights
+from internals import checkpoints, weights
 from scripts import complete
 from Utils import InputError
 
@@ -121,19 +121,19 @@ def test_an_encoder_alone_gets_a_fresh_decoder_and_says_so(tmp_path, state, caps
 
 def test_the_decoder_of_weights_is_known_and_another_one_is_refused(tmp_path, state, capsys):
     with pytest.raises(InputError, match="decoder 'self', not 'cross'.*--finetune 0"):
-        Weights.load_model(GOLDEN / "mae_tiny.pth", **HEADS, decoder="cross")
+        weights.load_model(GOLDEN / "mae_tiny.pth", **HEADS, decoder="cross")
     encoder = {n: t for n, t in state.items() if "decoder" not in n and n != "mask_token"}
     torch.save({"model": encoder}, tmp_path / "encoder.pth")
     options = {"decoder": "cross", "decoder_dim": 32, "decoder_depth": 2}
-    model = Weights.load_model(tmp_path / "encoder.pth", **HEADS, **options)
+    model = weights.load_model(tmp_path / "encoder.pth", **HEADS, **options)
     assert "the decoder starts fresh" in capsys.readouterr().out
     torch.save(model.state_dict(), tmp_path / "cross.pth")  # bare, without its config
-    again = Weights.load_model(tmp_path / "cross.pth", **HEADS)
+    again = weights.load_model(tmp_path / "cross.pth", **HEADS)
     assert again.config.decoder == "cross"
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
     torch.testing.assert_close(again(images, noise)[0], model(images, noise)[0])
     with pytest.raises(InputError, match="decoder 'cross', not 'self'"):
-        Weights.load_model(tmp_path / "cross.pth", **HEADS, decoder="self")
+        weights.load_model(tmp_path / "cross.pth", **HEADS, decoder="self")
 
 
 def test_a_bare_state_dict_that_is_no_square_is_recognised_by_its_position_embedding(tmp_path):
@@ -235,7 +235,7 @@ def test_foreign_damaged_and_hostile_weights_are_refused(
 
 
 def test_weights_of_another_architecture_name_what_differs():
-    sizes = {name: getattr(Models.PRESETS["vit_base"], name) for name in Weights.SIZES}
+    sizes = {name: getattr(Models.PRESETS["vit_base"], name) for name in weights.SIZES}
     with pytest.raises(InputError, match="patch_size is 8, expected was 16"):
         IO.load_model(GOLDEN / "mae_tiny.pth", **sizes)
     demo = ROOT / "demo/imle_mnist.pt"
@@ -244,7 +244,7 @@ def test_weights_of_another_architecture_name_what_differs():
 
 
 def test_truncated_and_flipped_files_are_refused(tmp_path, state):
-    IO.save_checkpoint(tmp_path / "whole.pt", {"model": state})
+    checkpoints.save_checkpoint(tmp_path / "whole.pt", {"model": state})
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "whole.safetensors")
     pytorch, safetensors = (next(tmp_path.glob(f"*.{e}")).read_bytes() for e in ("pt", "safe*"))
     flipped = bytearray(pytorch)
@@ -307,7 +307,7 @@ def test_an_address_is_fetched_once_even_by_several_at_once(tmp_path, monkeypatc
     with server({"/a/model.pth": content, "/b/model.pth": b"other"}) as (address, requests):
         source, paths = f"{address}/a/model.pth", []
         threads = [
-            threading.Thread(target=lambda: paths.append(Weights.fetch(source))) for _ in range(4)
+            threading.Thread(target=lambda: paths.append(weights.fetch(source))) for _ in range(4)
         ]
         for thread in threads:
             thread.start()
@@ -317,7 +317,7 @@ def test_an_address_is_fetched_once_even_by_several_at_once(tmp_path, monkeypatc
         assert IO.load_model(source, **HEADS).config.depth == 3 and len(requests) == 1
         assert Path(paths[0]).read_bytes() == content
         with pytest.raises(InputError):  # the same name at another address is another file
-            Weights.fetch(f"{address}/b/model.pth")
+            weights.fetch(f"{address}/b/model.pth")
 
 
 @pytest.mark.parametrize("kind", ["cut", "page", "three", "missing", "gone"])
@@ -330,12 +330,12 @@ def test_what_is_not_whole_is_not_kept(tmp_path, monkeypatch, kind):
     with server(files) as (address, _):
         address = "http://127.0.0.1:9" if kind == "gone" else address
         with pytest.raises(InputError, match="could not fetch .*; fetch it elsewhere") as caught:
-            Weights.fetch(f"{address}/{kind}")
+            weights.fetch(f"{address}/{kind}")
     assert "\n" not in str(caught.value)
     assert [p.name for p in Path("mae_checkpoints").iterdir() if p.suffix != ".lock"] == []
     put_at = Path(str(caught.value).rsplit("put it at ")[-1])
     shutil.copy(GOLDEN / "mae_tiny.pth", put_at)  # what the message tells to do helps
-    assert Weights.fetch(f"{address}/{kind}") == str(put_at)
+    assert weights.fetch(f"{address}/{kind}") == str(put_at)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "own/file.pt"])
@@ -403,7 +403,7 @@ def test_training_offline_says_in_one_line_what_to_fetch(tmp_path, processes):
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     name = "mae_pretrain_vit_base_full.pth"
-    assert f"could not fetch {Weights.MAE_ADDRESS}pretrain/{name}" in done.stderr
+    assert f"could not fetch {weights.MAE_ADDRESS}pretrain/{name}" in done.stderr
     assert done.stderr.rstrip().endswith(f"put it at mae_checkpoints/{name}")
 
 

@@ -23,8 +23,8 @@ from torchvision.transforms import v2 as T
 
 import Data
 from Augmentation import augment
-from Flags import whole
-from Stores import check_decoder
+from internals.stores import check_decoder
+from IO import whole
 from Utils import InputError, naming
 
 from .timing import Table, added_memory, interleaved

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from matplotlib.figure import Figure
 
-from Flags import whole
+from IO import whole
 from Utils import fastest_dtype
 
 from . import sampling

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from Encoders import image_features
-from Flags import whole
-from Heads import Head, Heads
+from internals.encoders import image_features
+from internals.heads import Head, Heads
+from IO import whole
 from LinearProbe import linear_probe
 from Models import PRESETS, in_precision
 from Utils import fastest_dtype, learning_rate

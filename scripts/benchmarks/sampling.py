@@ -8,8 +8,8 @@ import torch
 
 import Data
 from Augmentation import normalize, resize
-from Flags import whole
-from IO import load_model
+from internals.weights import load_model
+from IO import whole
 from Models import PRESETS, build, in_precision, reconstruction_loss
 from TrainIMLE import choose_codes
 from Utils import InputError, Stream, fastest_dtype, mix_seeds, naming, random_uniform

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from Data import Batch, Pool
-from Flags import whole
+from IO import whole
 from Models import PRESETS, parameter_groups
 from TrainIMLE import train_step
 from Utils import fastest_dtype

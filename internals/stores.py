@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from Archives import BLOCK, TarMembers, check_classes
+from internals.archives import BLOCK, TarMembers, check_classes
 from Utils import InputError, say, write_atomically
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import Lars
 
-from Encoders import POOLS
+from internals.encoders import POOLS
 from Utils import Stream, mix_seeds
 
 LOGITS = 2**26  # most that are computed at a time: 256 MB

@@ -2,7 +2,7 @@
 at once.
 
 The encoder is frozen, so one pass over the images serves all heads. Read `train_heads` first, then
-`Heads.step`."""
+`heads.step`."""
 
 import hashlib
 import json
@@ -16,16 +16,16 @@ from typing import NamedTuple
 import torch
 
 import Data
-import IO
+import Utils
 from Augmentation import transforms
-from Checkpoints import save_checkpoint
-from Encoders import POOLS, extract, image_features, nearest_neighbors
-from Heads import Head, Heads
+from internals import plots
+from internals.checkpoints import read_checkpoint, save_checkpoint
+from internals.encoders import POOLS, extract, image_features, nearest_neighbors
+from internals.heads import Head, Heads
+from internals.processes import Stopped, StopSignal
 from Utils import (
     InputError,
     RunError,
-    Stopped,
-    StopSignal,
     Stream,
     mix_seeds,
     permutation,
@@ -35,7 +35,6 @@ from Utils import (
     world_size,
     write_atomically,
 )
-from Weights import read_checkpoint
 
 SMALLEST_CROP = 0.08  # share of the image, of MAE's probe; its pretraining has .2
 
@@ -107,8 +106,8 @@ class Pace:
             parts = [f"{speed:,.0f} images/s", f"waiting for data {self.waited / seconds:.0%}"]
         if self.done_before < done < 1:
             left = seconds / (done - self.done_before) * (1 - done)
-            parts.append(f"{IO.duration(left)} left")
-        return ", ".join(parts) or IO.duration(seconds)
+            parts.append(f"{Utils.duration(left)} left")
+        return ", ".join(parts) or Utils.duration(seconds)
 
 
 @dataclass
@@ -220,7 +219,7 @@ class Batches:
         chunks = self.pace(self.loader.chunks(indices, seeds, size))
         chunks = Data.copied(chunks, self.labels.device)
         batch, held = 0, self.nothing(width)
-        for rows, _, images in IO.watch(chunks, f"epoch {epoch + 1}", len(indices)):
+        for rows, _, images in Utils.watch(chunks, f"epoch {epoch + 1}", len(indices)):
             while rows.start >= (batch + 1) * width:
                 yield self.gathered(held)
                 batch, held = batch + 1, self.nothing(width)
@@ -526,7 +525,7 @@ def write_result(folder, result, history, confusion):
         values[:] = [x if math.isfinite(x) else None for x in values]  # JSON has no word for it
     content = json.dumps({**result, "history": history}, indent=1)
     write_atomically(folder / "result.json", content.encode())
-    IO.draw_probe(folder / "probe.png", result, history, confusion)
+    plots.draw_probe(folder / "probe.png", result, history, confusion)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 

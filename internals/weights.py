@@ -1,21 +1,16 @@
 """Weights from everywhere: fetched, read without ever running code in them, converted to
 facebookresearch/mae's layout, and made into a model."""
 
-import argparse
 import dataclasses
-import errno
 import hashlib
 import http.client
 import json
 import math
-import pickle
 import re
 import shutil
 import sys
 import urllib.parse
 import urllib.request
-import warnings
-import zipfile
 from pathlib import Path
 
 import torch
@@ -25,6 +20,7 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from tqdm import tqdm
 
+from internals.checkpoints import read_checkpoint
 from Models import (
     ACTIVATIONS,
     DECODERS,
@@ -34,7 +30,7 @@ from Models import (
     build,
     sincos_position_embedding,
 )
-from Utils import InputError, RunError, say, write_atomically
+from Utils import InputError, first_line, say, write_atomically
 
 MAE_ADDRESS = "https://dl.fbaipublicfiles.com/mae/"
 PUBLISHED = {  # of facebookresearch/mae, CC-BY-NC 4.0; see its issues 3 and 8
@@ -190,67 +186,8 @@ def fetch_from_hub(source):
     return path
 
 
-def first_line(error):
-    """An error's message, cut to one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-
-
 # -------------------------------------------------------------------------------------------------
 # Reading: tensors and plain data only.
-
-
-# Of a disk or a system, not of a file: it may be whole, and readable another time.
-PASSING = {errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE}
-
-
-def read_checkpoint(path, mmap=False):
-    """The dict in a checkpoint of ours or of facebookresearch/mae, whose training files hold an
-    argparse.Namespace; an InputError where it is missing, damaged, or wants to run code. mmap: the
-    tensors stay in the file until they are read."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise InputError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
-    try:
-        is_zip = zipfile.is_zipfile(path)  # else a file of torch before 1.6
-        if is_zip and (bad := zipfile.ZipFile(path).testzip()):
-            raise InputError(f"{path} is damaged: its part {bad} has a wrong checksum")
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols
-            mmap = mmap and is_zip
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError:
-        reason = "it holds more than tensors and plain data, or is no checkpoint"
-        raise InputError(f"{path} was refused: {reason}") from None
-    except InputError:
-        raise
-    except MemoryError:
-        raise
-    except OSError as error:
-        if error.errno in PASSING:
-            raise RunError(f"{path} can't be read: {error.strerror}") from None
-        raise InputError(f"{path} is damaged, or no checkpoint ({error})") from None
-    except Exception as error:  # whatever a foreign file makes torch's and zipfile's readers raise
-        reason = f" ({type(error).__name__})"
-        raise InputError(f"{path} is damaged, or no checkpoint{reason}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
-    return content
-
-
-RUN_PARTS = {"model", "config", "optimizer", "scaler", "progress", "args", "metrics_size"}
-
-
-def read_run_checkpoint(path):
-    """The dict in a checkpoint that a run can go on from; an InputError that says what is missing
-    and what is there instead."""
-    content = read_checkpoint(path)
-    if missing := sorted(RUN_PARTS - content.keys()):
-        others = ", ".join(map(str, list(content.keys() - RUN_PARTS)[:5])) or "nothing else"
-        missing = ", ".join(missing)
-        raise InputError(f"{path} is no checkpoint of a run: it lacks {missing}; it has {others}")
-    if not isinstance(content["args"], dict) or not isinstance(content["progress"], dict):
-        raise InputError(f"{path} is no checkpoint of a run: its args or progress are no dict")
-    return content
 
 
 def read_safetensors(path):

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 import Data
 import IO
+import Utils
 from Augmentation import MEAN, STD, channels, normalize
+from internals.weights import check_config, fetch, read_state
 from Models import PRESETS, build, in_precision
-from Utils import InputError, Stream, autocast, mix_seeds, seeded, sum_over_processes
-from Weights import check_config, fetch, first_line, read_state
+from Utils import InputError, Stream, autocast, first_line, mix_seeds, seeded, sum_over_processes
 
 # What a head may see of an image, and the parts that it is made of: the class token, the mean of
 # the patch tokens. Encoders without tokens have one vector.
@@ -220,7 +221,7 @@ def extract(model, loader, indices, seeds, *, device, batch_size, parts, n_codes
     features = torch.zeros(len(indices), len(parts), model.config.dim, device=device)
     chunks = loader.chunks(indices, seeds, batch_size)
     chunks = Data.copied(chunks if pace is None else pace(chunks), device)
-    for rows, _, images in IO.watch(chunks, "probe features", len(indices)):
+    for rows, _, images in Utils.watch(chunks, "probe features", len(indices)):
         features[rows] = image_features(model, images, seeds[rows], parts, n_codes)
     sum_over_processes(features)
     return features

@@ -1,0 +1,1 @@
+"""The machinery that nobody edits for an experiment."""
