@@ -12,7 +12,7 @@ import torch
 import Models
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

@@ -5,11 +5,9 @@ import sys
 
 import pytest
 import torch
+from benchmarks.plain import plain_losses, plain_model  # noqa: E402 (the line above)
 from conftest import ROOT, command
 from PIL import Image
-
-sys.path.append(str(ROOT / "scripts"))
-from benchmarks.plain import plain_losses, plain_model  # noqa: E402 (the line above)
 
 import IO
 import Models

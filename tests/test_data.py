@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 
 import numpy as np
+import pack  # noqa: E402 (the line above makes it importable)
 import pytest
 import torch
 from conftest import ROOT, TINY, command
@@ -27,9 +28,6 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import pack  # noqa: E402 (the line above makes it importable)
 
 import Augmentation
 import Data

@@ -3,13 +3,11 @@
 import itertools
 import sys
 
+import figure  # noqa: E402 (the line above)
 import pytest
 import torch
-from conftest import ROOT, TINY, command, metrics, run_folder
-
-sys.path.append(str(ROOT / "scripts"))
-import figure  # noqa: E402 (the line above)
 import what_codes_add  # noqa: E402
+from conftest import TINY, command, metrics, run_folder
 
 from internals import runs
 

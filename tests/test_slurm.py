@@ -10,11 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import slurm_submit  # noqa: E402 (the line above makes it importable)
 from conftest import ROOT, TINY, command, metrics, run_folder
 from test_training import assert_same_run, final_state
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import slurm_submit  # noqa: E402 (the line above makes it importable)
 
 import IO
 from Data import open_pair, staged_path

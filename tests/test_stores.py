@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import lmdb
 import numpy as np
+import pack  # noqa: E402 (the line above makes it importable)
 import pytest
 import torch
 from conftest import ROOT
@@ -23,9 +24,6 @@ from filelock import FileLock
 from PIL import Image
 from test_data import NAMES, assert_equals_image_folder, make_folder, picture, tar, tar_of
 from torch.utils.data import ConcatDataset, DataLoader
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import pack  # noqa: E402 (the line above makes it importable)
 
 import Augmentation
 import Data
