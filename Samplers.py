@@ -78,3 +78,12 @@ def code_passes(model, prefix, images, seeds, codes_per_pass, numbers):
 def image_losses(model, pred, images, mask):
     """The loss that codes are chosen by and gradients are taken of: float32 (N,) or (N,K)."""
     return reconstruction_loss(pred, images, mask, model.config.norm_pix_loss).float()
+
+
+def find_numbers(model, seeds, codes, codes_per_image):
+    """The numbers (N,) of codes (N,D) among each image's first codes_per_image; seeds (N,)."""
+    found = []
+    for part, part_codes in zip(seeds.split(32), codes.to(seeds.device).split(32), strict=True):
+        candidates = model.sample_codes(part, codes_per_image)  # (n, S, D)
+        found.append((candidates - part_codes[:, None]).abs().sum(2).argmin(1))
+    return torch.cat(found).cpu()
