@@ -19,7 +19,7 @@ from internals.plots import picture_grid
 from internals.processes import run_command
 from internals.weights import SOURCES, load_model
 from IO import Parser, check_mask_ratio, real, whole
-from Samplers import image_losses, ranks
+from Samplers import code_passes, image_losses, sort_keys
 from Utils import InputError, write_atomically
 
 SHOWN = 6  # images in the picture of masks
@@ -48,7 +48,9 @@ def losses_of_codes(model, pool, n_codes, mask_ratio):
         images, seeds = normalize(pool.images[rows]), pool.seeds[rows]
         prefix = model.prefix(images, pool.mask_noise[rows], mask_ratio)
         numbers = torch.arange(n_codes).expand(len(rows), -1)
-        tried = TrainIMLE.try_codes(model, prefix, images, seeds, CODES_PER_PASS, numbers)[1]
+        passes = code_passes(model, prefix, seeds, numbers, CODES_PER_PASS)
+        preds = (model.suffix(prefix, codes) for codes in passes)
+        tried = torch.cat([image_losses(model, pred, images, prefix.mask) for pred in preds], dim=1)
         plain = image_losses(model, model.suffix(prefix, None), images, prefix.mask)
         parts.append((tried, plain))
     return tuple(map(torch.cat, zip(*parts, strict=True)))
@@ -68,7 +70,7 @@ def draw_codes(model, pool, losses, plain, mask_ratio, path):
     from matplotlib.figure import Figure  # slow to import; and Figure alone opens no windows
 
     n_codes = losses.shape[1]
-    order = ranks(losses[:ROWS]).argsort(1)
+    order = sort_keys(losses[:ROWS]).argsort(1)
     numbers = torch.stack([order[:, -1], order[:, n_codes // 2], order[:, 0]], dim=1)
     images, noise = normalize(pool.images[:ROWS]), pool.mask_noise[:ROWS]
     codes = model.numbered_codes(pool.seeds[:ROWS], numbers)
@@ -154,7 +156,7 @@ def start(args):
     draw_masks(model, pool, args.mask_ratio, out / "masks.png")
     before, plain = losses_of_codes(model, pool, args.codes, args.mask_ratio)
     draw_codes(model, pool, before, plain, args.mask_ratio, out / "codes.png")
-    chosen = ranks(before).argmin(1, keepdim=True)
+    chosen = sort_keys(before).argmin(1, keepdim=True)
     codes = model.numbered_codes(pool.seeds, chosen)[:, 0]
     take_steps(model, pool, codes, args.steps, args.mask_ratio, args.lr)
     after, _ = losses_of_codes(model, pool, args.codes, args.mask_ratio)
