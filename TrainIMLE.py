@@ -476,7 +476,12 @@ def run(flags, images_tr, images_val):
     """One process of a run: puts its parts together and trains."""
     device = join_processes(flags.gpus)
     flags = from_first_process(flags)  # one uid, where each process drew its own
-    folder, found, checkpoint = locate_run("TrainIMLE", flags)
+    folder, found, checkpoint = locate_run(
+        "TrainIMLE",
+        flags,
+        changeable=IO.changeable_flags(IO.training_parser()),
+        architecture=IO.architecture_flags(),
+    )
     progress = Progress() if checkpoint is None else Progress(**checkpoint["progress"])
     dtype = choose_dtype(flags.sample_dtype, device)
     train_dtype = fastest_dtype(device) if flags.fp16 else torch.float32

@@ -241,22 +241,6 @@ def run_name(script, flags):
     return f"{name[: 199 - len(flags.uid)]}-{flags.uid}"
 
 
-# What may differ when a run goes on: where and how it computes, what it measures and keeps.
-CHANGEABLE = frozenset(
-    "data_val gpus processes num_workers loader_timeout sample_dtype fp16 code_bs sp accum "
-    "fast_linear_probe val_n_way val_n_shot probe_lr probe_epochs probe_bs probe_bs_val "
-    "probe_ignore_z probe_augs_per_image global_pool ex_for_mse_loss z_per_ex_loss eval_bs "
-    "ex_for_vis_tr ex_for_vis_te z_per_ex_vis steps_per_eval get_mae_baseline save_folder suffix "
-    "uid resume force_resume save_iter save_minutes staged wandb notes mae_weights "
-    "skip_bad_images".split()
-)
-# What may never: the sizes of its model. The rest makes it the run it is, and needs --force_resume.
-ARCHITECTURE = frozenset(
-    "arch ip_spec latent_dim mapping_net_layers mapping_net_h_dim mapping_net_lrmul act_type "
-    "adain_init decoder norm_pix_loss input_size ignore_z".split()
-)
-
-
 def read_config(folder):
     """The flags in a run's config.json; empty where they can't be read."""
     try:
@@ -321,10 +305,13 @@ def is_running(folder):
     return False
 
 
-def locate_run(script, flags):
+def locate_run(script, flags, *, changeable, architecture):
     """(folder, its checkpoints, the one to go on from or None): of the run with these flags' uid,
-    or that --resume names; else a new one. The first process chooses, for all."""
-    chosen, checkpoint = choose_checkpoint(script, flags) if rank() == 0 else (None, None)
+    or that --resume names; else a new one. The first process chooses, for all.
+    changeable, architecture: see check_changes."""
+    chosen, checkpoint = None, None
+    if rank() == 0:
+        chosen, checkpoint = choose_checkpoint(script, flags, changeable, architecture)
     folder, found, path, changed = from_first_process(chosen)
     if path is not None and rank() > 0:
         with naming("--save_folder, which all processes must share"):
@@ -334,7 +321,7 @@ def locate_run(script, flags):
     return folder, found, checkpoint
 
 
-def choose_checkpoint(script, flags):
+def choose_checkpoint(script, flags, changeable, architecture):
     """(folder, its checkpoints, the path of the one to go on from or None, whether flags have
     changed), and what is in it."""
     models = Path(flags.save_folder).expanduser() / "models"
@@ -356,7 +343,9 @@ def choose_checkpoint(script, flags):
         step = read_run_checkpoint(flags.resume)["progress"]["step"]
         if step != checkpoint["progress"]["step"]:
             raise InputError(f"--resume {flags.resume}: not its run's newest; give {path}")
-    changed = check_changes(vars(flags), old, flags.force_resume) if old else False
+    changed = bool(old) and check_changes(
+        vars(flags), old, flags.force_resume, changeable=changeable, architecture=architecture
+    )
     return (folder, found, path, changed), checkpoint
 
 
@@ -365,27 +354,28 @@ def holds_something(folder):
     return any(path.is_file() and path.name[0] != "." for path in folder.rglob("*"))
 
 
-def check_changes(new, old, force):
-    """Whether flags differ that make a run what it is, from those that it was started with; refused
-    without `force`, and for flags of the model always."""
-    # A flag that is newer than the run has changed nothing.
-    same = CHANGEABLE | (new.keys() - old.keys())
-    if new["scheduler"] != "linear_ramp_cosine_decay":  # whose rates depend on the end
-        same = same | {"epochs"}
-    changed = [name for name in new if name not in same and new[name] != old[name]]
-    shown = ", ".join(f"--{name} was {old[name]}, is {new[name]}" for name in changed)
-    if any(name in ARCHITECTURE for name in changed):
+def check_changes(new, old, force, *, changeable, architecture):
+    """Whether the training's flags differ: new from those that the run was started with, old. An
+    InputError for such changes without `force`, and always for changes of the model.
+
+    changeable, architecture: names of the flags that may always, and may never, change."""
+    free = changeable | (new.keys() - old.keys())  # a run of an older version lacks some flags
+    if new["scheduler"] != "linear_ramp_cosine_decay":  # only the decay depends on the last epoch
+        free = free | {"epochs"}
+    changed = [name for name in new if name not in free and new[name] != old[name]]
+    changes = ", ".join(f"--{name} was {old[name]}, is {new[name]}" for name in changed)
+    if any(name in architecture for name in changed):
         raise InputError(
-            f"--uid {new['uid']}: that run has another model ({shown}); give its flags, or choose "
-            "another --uid (from its weights: --mae_weights)"
+            f"--uid {new['uid']}: that run has another model ({changes}); give its flags, or "
+            "choose another --uid (to start from its weights: --mae_weights)"
         )
     if changed and not force:
         raise InputError(
-            f"--uid {new['uid']}: that run was started with other flags ({shown}); give those, or "
-            "choose another --uid, or go on all the same with --force_resume 1"
+            f"--uid {new['uid']}: that run was started with other flags ({changes}); give its "
+            "flags, or choose another --uid, or go on all the same with --force_resume 1"
         )
     if changed:
-        say(f"warning: going on with other flags: {shown}")
+        say(f"warning: going on with other flags: {changes}")
     elif new["epochs"] != old.get("epochs", new["epochs"]):
         say(f"note: --epochs was {old['epochs']}, is {new['epochs']}")
     return bool(changed)

@@ -196,7 +196,8 @@ def test_what_was_staged_is_read_and_the_run_is_still_named_by_the_original(tmp_
     command(*flags, "--staged", tmp_path / "node")
     assert run_folder(tmp_path).name.startswith("TrainIMLE-data_mnist_val-")
     elsewhere = IO.parse_flags(list(map(str, [*flags, "--staged", "/elsewhere"])))
-    *_, checkpoint = runs.locate_run("TrainIMLE", elsewhere)
+    rules = {"changeable": IO.changeable_flags(IO.training_parser()), "architecture": set()}
+    *_, checkpoint = runs.locate_run("TrainIMLE", elsewhere, **rules)
     assert checkpoint["args"]["staged"] == str(tmp_path / "node")
 
 
