@@ -350,7 +350,7 @@ def test_a_job_that_is_cancelled_stays_so_and_its_run_goes_on_by_uid(cluster, tm
     assert cluster.await_state(second, "COMPLETED")["Restarts"] == "0"
     log = (tmp_path / f"slurm-{second}.out").read_text()
     assert f"going on after step {step}" in log
-    assert f"all 1 chunks are over; to go on, submit the same with --uid {job}" in log
+    assert f"all 1 chunks are over; to go on, submit the same command with --uid {job}" in log
     assert monotone(run_folder(tmp_path))
 
 
