@@ -437,11 +437,11 @@ def check_sampling(flags):
             "code_free_share": flags.code_free_share > 0,
         }
         for name in (name for name, is_given in given.items() if is_given):
-            raise InputError(f"--{name}: with --ignore_z 1 no codes are chosen; leave it out")
+            raise InputError(f"--{name}: with --ignore_z 1 no codes are chosen; leave --{name} out")
     if flags.sampler == "exhaustive" and flags.tries != -1:
-        raise InputError(f"--tries {flags.tries}: needs --sampler surrogate, else leave it out")
+        raise InputError(f"--tries {flags.tries}: needs --sampler surrogate; or leave --tries out")
     if flags.sampler == "surrogate" and "add" in flags.ip_spec:
-        reason = "it can't learn codes of `add`, which have too many numbers; use exhaustive"
+        reason = "it can't rank codes of `add`, which have too many numbers; use exhaustive"
         raise InputError(f"--sampler surrogate: {reason}")
     if flags.tries > flags.ns:
         raise InputError(f"--tries {flags.tries}: allowed are 1 to --ns {flags.ns}, or -1")
@@ -451,8 +451,8 @@ def check_mask_ratio(mask_ratio, n_patches):
     """Refuses a mask ratio that leaves no visible or no masked patch."""
     n_visible = int(n_patches * (1 - mask_ratio))
     if not 0 < n_visible < n_patches:
-        reason = f"of {n_patches} patches {n_visible} would be visible; some must be, but not all"
-        raise InputError(f"--mask_ratio {mask_ratio:g}: {reason}")
+        reason = f"it leaves {n_visible} of {n_patches} patches visible"
+        raise InputError(f"--mask_ratio {mask_ratio:g}: {reason}; allowed are some, but not all")
 
 
 def resolve_shared_flags(flags):
@@ -543,7 +543,8 @@ def resolve_probe_flags(args, default):
     go together. default(name): a flag's default."""
     flags = argparse.Namespace(**vars(args))
     if flags.input_size and len(flags.input_size) > 2:
-        raise InputError(f"--input_size {' '.join(map(str, flags.input_size))}: give one or two")
+        size = " ".join(map(str, flags.input_size))
+        raise InputError(f"--input_size {size}: allowed are one or two numbers")
     if flags.input_size:
         flags.input_size = list(flags.input_size) * (2 if len(flags.input_size) == 1 else 1)
     if flags.global_pool is None:

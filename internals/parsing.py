@@ -34,11 +34,11 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unknown argument {word}{hint}")
         args, unknown = self.parse_known_args(argv, namespace)
         if unknown:
-            self.error(f"unknown argument {unknown[0]}; values follow a flag that starts with --")
+            self.error(f"unknown argument {unknown[0]}; each value must follow its flag")
         return args
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -62,8 +62,8 @@ def number(kind, low=-math.inf, high=math.inf, also=None):
         except ValueError:
             value = math.nan
         if not (low <= value <= high and math.isfinite(value) or value == also):
-            bounds = f" of at least {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
-            bounds = "" if low == -math.inf else bounds + ("" if also is None else f", or {also:g}")
+            bounds = f" of at least {low}" if high == math.inf else f" from {low} to {high}"
+            bounds = "" if low == -math.inf else bounds + ("" if also is None else f", or {also}")
             noun = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {noun}{bounds}")
         return value

@@ -88,7 +88,7 @@ def test_words_of_the_training_reach_it_as_they_are(capsys):
         ("--time 1 CPU -- TRAINING --resume x.pt", "--resume"),
         ("--time 1 CPU -- TRAINING --epoch 3", "did you mean --epochs"),
         ("--time 1 CPU -- TRAINING --mask_ratio 1", "--mask_ratio"),
-        ("--time 1 CPU --nodes 13 -- TRAINING", "--mini_bs 12: allowed is at least one image"),
+        ("--time 1 CPU --nodes 13 -- TRAINING", "--mini_bs 12: each of the 13 processes needs"),
         ("--time 1 CPU --stage -- TRAINING --data_val /no/where", "--stage: /no/where"),
         ("--time 1 CPU -- TRAINING", "--dry_run"),  # without SLURM
     ],
