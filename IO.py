@@ -551,9 +551,9 @@ def resolve_probe_flags(args, default):
         flags.global_pool = int(bool(flags.fast))
     for name in ("lrs", "wds", "pools"):
         if len(set(getattr(flags, name) or [])) < len(getattr(flags, name) or []):
-            raise InputError(f"--{name}: a value is given twice; give each value once")
+            raise InputError(f"--{name}: the same value twice; give each value once")
     if flags.warmup_epochs is not None and flags.epochs and flags.warmup_epochs > flags.epochs:
-        bound = f"must be at most --epochs {flags.epochs}"
+        bound = f"at most --epochs {flags.epochs} is allowed"
         raise InputError(f"--warmup_epochs {flags.warmup_epochs}: {bound}")
     if flags.probe_codes > 1 and flags.probe_ignore_z:
         raise InputError(f"--probe_codes {flags.probe_codes}: needs --probe_ignore_z 0")
