@@ -1,7 +1,6 @@
 """The algorithm and the real command, tiny: what is chosen, trained, measured, left behind."""
 
 import dataclasses
-import itertools
 import json
 import math
 import shutil
@@ -75,35 +74,60 @@ def brute_force(model, images, mask_noise, seeds, n_codes):
 @torch.no_grad()
 def test_the_nearest_of_all_codes_is_chosen_however_they_are_cut(model, chunk, codes_per_pass):
     losses = brute_force(model, *chunk, 10)
-    codes, best, mean = TrainIMLE.choose_codes(
+    codes, numbers, best, mean = TrainIMLE.choose_codes(
         model, *chunk, codes_per_image=10, codes_per_pass=codes_per_pass
     )
     expected = model.sample_codes(chunk[2], 10)[torch.arange(5), losses.argmin(1)]
-    assert torch.equal(codes, expected)
+    assert torch.equal(codes, expected) and torch.equal(numbers, losses.argmin(1))
     torch.testing.assert_close(best, losses.min(1).values)
     torch.testing.assert_close(mean, losses.mean(1))
 
 
+SAMPLERS = {  # of six codes, all of them tried
+    "exhaustive": TrainIMLE.choose_codes,
+    "surrogate": partial(Samplers.choose_codes_surrogate, tries=6),
+}
+
+
 @torch.no_grad()
-def test_a_loss_that_is_not_finite_never_wins(model, chunk, monkeypatch):
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_loss_that_is_not_finite_never_wins(model, chunk, monkeypatch, sampler):
     losses = brute_force(model, *chunk, 6)
-    worst = losses.argmin(1)  # what would win
+    lowest, second = losses.sort(dim=1).values[:, :2].unbind(1)  # lowest: the loss that would win
+    values = torch.tensor([math.nan, -math.inf, math.nan, -math.inf, math.nan])
+    right_loss = Models.reconstruction_loss
 
-    passes = itertools.count()
+    def broken(pred, *arguments):
+        result = right_loss(pred, *arguments)  # (N, k)
+        return torch.where(result < (lowest + second)[:, None] / 2, values[:, None], result)
 
-    def broken(model, pred, images, mask):
-        result = Models.reconstruction_loss(pred, images, mask, False)
-        first = 2 * next(passes)
-        for n, k in enumerate(worst.tolist()):
-            if first <= k < first + 2:
-                result[n, k - first] = (math.nan, -math.inf)[n % 2]
-        return result
-
-    monkeypatch.setattr(Samplers, "image_losses", broken)
-    codes, best, _ = TrainIMLE.choose_codes(model, *chunk, codes_per_image=6, codes_per_pass=2)
-    second = losses.scatter(1, worst[:, None], math.inf).argmin(1)
-    assert torch.equal(codes, model.sample_codes(chunk[2], 6)[torch.arange(5), second])
+    monkeypatch.setattr(Samplers, "reconstruction_loss", broken)
+    codes, numbers, best, _ = SAMPLERS[sampler](model, *chunk, codes_per_image=6, codes_per_pass=2)
+    expected = losses.argsort(dim=1)[:, 1]
+    assert torch.equal(numbers, expected)
+    assert torch.equal(codes, model.sample_codes(chunk[2], 6)[torch.arange(5), expected])
     assert best.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rs_epsilon", [0.0, 0.8, 100.0])
+@pytest.mark.parametrize("predict_ratio", [1.0, 0.25])
+def test_both_samplers_choose_alike_where_all_codes_are_tried(
+    model, chunk, rs_epsilon, predict_ratio
+):
+    options = {"codes_per_image": 6, "codes_per_pass": 4, "mask_ratio": 0.6}
+    options |= {"rs_epsilon": rs_epsilon, "predict_ratio": predict_ratio}
+    results = [choose(model, *chunk, **options) for choose in SAMPLERS.values()]
+    for exact, surrogate in zip(*[result[:3] for result in results], strict=True):
+        torch.testing.assert_close(exact, surrogate)
+    codes, numbers = results[0][:2]
+    assert numbers.dtype == torch.int64 and torch.equal(
+        codes, model.numbered_codes(chunk[2], numbers[:, None])[:, 0]
+    )
+    prefix = model.prefix(*chunk[:2], 0.6, predict_ratio)
+    again = [choose(model, *chunk, **options, prefix=prefix) for choose in SAMPLERS.values()]
+    for first, second in zip(sum(results, ()), sum(again, ()), strict=True):
+        assert torch.equal(first, second), "with the prefix given"
 
 
 @torch.no_grad()
@@ -114,7 +138,7 @@ def test_codes_nearer_than_epsilon_are_chosen_only_where_all_are(model, chunk):
     assert (losses < epsilon).any() and not (losses < epsilon).all()
     for rs_epsilon in (epsilon, 100.0):
         options = {"codes_per_image": 12, "codes_per_pass": 5, "rs_epsilon": rs_epsilon}
-        codes, chosen, _ = TrainIMLE.choose_codes(model, *chunk, **options)
+        codes, _, chosen, _ = TrainIMLE.choose_codes(model, *chunk, **options)
         for n, row in enumerate(losses.tolist()):
             far = [loss for loss in row if loss >= rs_epsilon]
             expected = row.index(min(far) if far else max(row))
@@ -127,12 +151,12 @@ def test_the_surrogate_chooses_nearly_as_well_as_all_codes_by_a_fifth_of_the_tri
     chunk = digits(40)
     images, mask_noise, indices = chunk
     prefix, numbers = model.prefix(images, mask_noise), torch.arange(128).expand(40, -1)
-    _, losses = TrainIMLE.try_codes(model, prefix, images, indices, 16, numbers)
+    _, losses = Samplers.try_codes(model, prefix, images, indices, numbers, 16)
     best, mean = losses.min(1).values, losses.mean(1)
-    codes, chosen, first = TrainIMLE.choose_codes(
+    codes, number, chosen, first = Samplers.choose_codes_surrogate(
         model, *chunk, codes_per_image=128, codes_per_pass=16, tries=25
     )
-    number = (model.sample_codes(indices, 128) == codes[:, None]).all(-1).float().argmax(1)
+    assert torch.equal(codes, model.sample_codes(indices, 128)[torch.arange(40), number])
     torch.testing.assert_close(chosen, losses[torch.arange(40), number], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(first, losses[:, :8].mean(1), atol=1e-5, rtol=1e-4)
     regret = (chosen - best).sum() / (mean - best).sum()
@@ -147,8 +171,8 @@ def test_the_surrogate_looks_for_codes_that_are_not_too_near(model):
     losses = brute_force(model, *chunk, 64)
     epsilon = losses.quantile(0.3).item()
     options = {"codes_per_image": 64, "codes_per_pass": 16, "rs_epsilon": epsilon}
-    _, expected, _ = TrainIMLE.choose_codes(model, *chunk, **options)
-    _, chosen, _ = TrainIMLE.choose_codes(model, *chunk, **options, tries=24)
+    _, _, expected, _ = TrainIMLE.choose_codes(model, *chunk, **options)
+    _, _, chosen, _ = Samplers.choose_codes_surrogate(model, *chunk, **options, tries=24)
     eligible = (losses >= epsilon).any(1)
     assert eligible.sum() > 8 and (chosen[eligible] >= epsilon).all()
     assert ((chosen - expected) / losses.std(1))[eligible].mean() < 0.3
@@ -156,26 +180,30 @@ def test_the_surrogate_looks_for_codes_that_are_not_too_near(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("tries", [1, 2, 5, 10])
+@pytest.mark.parametrize("broken", ["nothing", "features", "residuals"])
 def test_the_surrogate_never_tries_a_code_twice_and_takes_the_nearest_of_the_tried(
-    model, chunk, tries
+    model, chunk, monkeypatch, tries, broken
 ):
+    """Also where it can learn nothing: codes without effect, residuals that are not finite."""
     losses = brute_force(model, *chunk, 10)
     tried = []
 
-    def attempt(numbers):
+    def try_codes(model, prefix, images, seeds, numbers, codes_per_pass):
         tried.append(numbers)
-        return torch.randn(5, numbers.shape[1], 7), losses.gather(1, numbers)
+        residuals = torch.randn(5, numbers.shape[1], 7)
+        return residuals * (math.nan if broken == "residuals" else 1), losses.gather(1, numbers)
 
-    features = model.code_features(model.sample_codes(chunk[2], 10))
-    kernel = Samplers.kernel_matrix(features)
-    numbers, found = Samplers.search(attempt, kernel, tries)
-    assert torch.equal(numbers, torch.cat(tried, dim=1)) and numbers.shape == (5, tries)
-    assert all(len(set(row)) == tries for row in numbers.tolist())
-    assert torch.equal(found, losses.gather(1, numbers))
-    # Where nothing is known: codes that do nothing yet, and losses that are no numbers.
-    broken = partial(Samplers.search, lambda n: (torch.full((5, n.shape[1], 7), math.nan), n))
-    for search, k in ((partial(Samplers.search, attempt), 0 * kernel), (broken, kernel)):
-        assert all(len(set(row)) == tries for row in search(k, tries)[0].tolist())
+    monkeypatch.setattr(Samplers, "try_codes", try_codes)
+    if broken == "features":
+        monkeypatch.setattr(model, "code_features", torch.zeros_like)
+    _, numbers, best, mean = Samplers.choose_codes_surrogate(
+        model, *chunk, codes_per_image=10, codes_per_pass=3, tries=tries
+    )
+    torch.testing.assert_close(mean, losses.gather(1, tried[0]).mean(1))
+    tried = torch.cat(tried, dim=1)
+    assert tried.shape == (5, tries) and all(len(set(row)) == tries for row in tried.tolist())
+    assert torch.equal(best, losses.gather(1, tried).min(1).values)
+    assert torch.equal(best, losses.gather(1, numbers[:, None])[:, 0])
 
 
 def test_losses_are_predicted_exactly_where_completions_are_linear_in_the_features():
@@ -195,8 +223,7 @@ def test_low_precision_hardly_changes_the_quality_of_the_choice(model):
     chunk = digits(25)
     losses = brute_force(model, *chunk, 16)
     low = Models.in_precision(model, torch.bfloat16)
-    codes, _, _ = TrainIMLE.choose_codes(low, *chunk, codes_per_image=16, codes_per_pass=16)
-    chosen = (model.sample_codes(chunk[2], 16) == codes[:, None]).all(-1).float().argmax(1)
+    _, chosen, _, _ = TrainIMLE.choose_codes(low, *chunk, codes_per_image=16, codes_per_pass=16)
     regret = losses[torch.arange(25), chosen] - losses.min(1).values
     assert regret.sum() / (losses.mean(1) - losses.min(1).values).sum() < 0.01
 
@@ -479,7 +506,7 @@ def test_on_a_gpu_nothing_is_mixed_with_the_cpu():
         pixels = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
         results = [
             *TrainIMLE.choose_codes(model, *chunk, **options),
-            *TrainIMLE.choose_codes(model, *chunk, **options, tries=4, rs_epsilon=0.1),
+            *Samplers.choose_codes_surrogate(model, *chunk, **options, tries=4, rs_epsilon=0.1),
             Validation.evaluate(model, *chunk, **options, mask_ratio=0.75),
             Models.completions(model, *chunk[:2], model.sample_codes(chunk[2], 4), 0.75),
             model.encode(chunk[0], model.sample_codes(chunk[2], 1)[:, 0]),
