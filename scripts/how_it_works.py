@@ -1,5 +1,5 @@
-"""Draws one epoch of IMLE, with the functions that training calls: masks, the losses of an image's
-codes and the chosen one, what gradient steps change: the pictures of docs/how_it_works.md.
+"""Draws one epoch of IMLE with the functions that training calls: masks, the losses of an image's
+codes, the chosen codes, and the effect of gradient steps. docs/how_it_works.md shows the pictures.
 
 python scripts/how_it_works.py demo/imle_mnist.pt"""
 
@@ -19,7 +19,7 @@ from internals.plots import picture_grid
 from internals.processes import run_command
 from internals.weights import SOURCES, load_model
 from IO import Parser, check_mask_ratio, real, whole
-from Samplers import code_passes, image_losses, sort_keys
+from Samplers import image_losses, sort_keys, try_codes
 from Utils import InputError, write_atomically
 
 SHOWN = 6  # images in the picture of masks
@@ -29,7 +29,7 @@ BATCH = 32
 
 
 def open_pool(path, size, model, seed):
-    """An epoch's pool of `size` images with its images loaded."""
+    """A training epoch's pool of `size` images, with its images loaded."""
     images, (height, width) = Data.open_images(path), model.config.image_size
     n_patches = math.prod(model.config.grid)
     draw = partial(Data.draw_pool, seed=seed, shuffle=True, fix_mask_noise=False)
@@ -42,22 +42,20 @@ def open_pool(path, size, model, seed):
 
 @torch.no_grad()
 def losses_of_codes(model, pool, n_codes, mask_ratio):
-    """Every code's loss (n, n_codes), and the loss without code (n,), of a pool's images."""
+    """The losses of a pool's n images: with each code (n, n_codes), without code (n,)."""
     parts = []
     for rows in torch.arange(len(pool.indices)).split(BATCH):
         images, seeds = normalize(pool.images[rows]), pool.seeds[rows]
         prefix = model.prefix(images, pool.mask_noise[rows], mask_ratio)
         numbers = torch.arange(n_codes).expand(len(rows), -1)
-        passes = code_passes(model, prefix, seeds, numbers, CODES_PER_PASS)
-        preds = (model.suffix(prefix, codes) for codes in passes)
-        tried = torch.cat([image_losses(model, pred, images, prefix.mask) for pred in preds], dim=1)
+        _, losses = try_codes(model, prefix, images, seeds, numbers, CODES_PER_PASS)
         plain = image_losses(model, model.suffix(prefix, None), images, prefix.mask)
-        parts.append((tried, plain))
+        parts.append((losses, plain))
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 def draw_masks(model, pool, mask_ratio, path):
-    """Some images of the pool, and what the network sees of them."""
+    """Draws some images of the pool and their visible patches."""
     images, noise = normalize(pool.images[:SHOWN]), pool.mask_noise[:SHOWN]
     cells = Models.completions(model, images, noise, None, mask_ratio)[:, :2].transpose(0, 1)
     about = f"Above: {SHOWN} images of a pool. Below: what the network sees of them."
@@ -65,8 +63,8 @@ def draw_masks(model, pool, mask_ratio, path):
 
 
 def draw_codes(model, pool, losses, plain, mask_ratio, path):
-    """Of some images: completions by their worst, middle and best code, and without; and how the
-    losses of all codes are distributed."""
+    """Draws some images, their completions without code and with the worst, the middle and the best
+    code, and histograms of the losses of all codes."""
     from matplotlib.figure import Figure  # slow to import; and Figure alone opens no windows
 
     n_codes = losses.shape[1]
@@ -105,7 +103,7 @@ def draw_codes(model, pool, losses, plain, mask_ratio, path):
 
 
 def take_steps(model, pool, codes, steps, mask_ratio, lr):
-    """Gradient steps on the pool's images with the chosen codes, as training takes them."""
+    """Takes gradient steps on the pool's images with the chosen codes, as training does."""
     optimizer = torch.optim.AdamW(Models.parameter_groups(model, 0.01), betas=(0.9, 0.95))
     stepping = {
         "optimizer": optimizer,
@@ -121,7 +119,8 @@ def take_steps(model, pool, codes, steps, mask_ratio, lr):
 
 
 def draw_steps(before, after, chosen, steps, path):
-    """The losses (n, codes) of all codes, and of the chosen ones, before and after the steps."""
+    """Draws histograms of the losses (n, codes) before and after the gradient steps: of the chosen
+    codes and of all codes."""
     from matplotlib.figure import Figure  # slow to import; and Figure alone opens no windows
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
@@ -144,7 +143,7 @@ def draw_steps(before, after, chosen, steps, path):
 
 
 def start(args):
-    """Goes through one epoch, and draws it."""
+    """Runs one epoch and draws the three pictures."""
     out = Path(args.out)
     if not out.is_dir():
         raise InputError(f"--out {out}: no folder")
@@ -169,20 +168,20 @@ def start(args):
 
 
 def main(argv=None):
-    """Draws the three pictures."""
+    """The command how_it_works.py."""
     description = " ".join(__doc__.split("\n\n")[0].split())
     parser = Parser(prog="how_it_works.py", description=description)
     add = parser.add_argument
     # fmt: off
-    add("model", metavar="MODEL", help=f"with codes: {SOURCES}")
+    add("model", metavar="MODEL", help=f"a model with codes: {SOURCES}")
     add("--data_tr", default="demo/mnist_train.tar", metavar="PATH", help="training images")
-    add("--out", default="docs/how_it_works", metavar="FOLDER", help="of the pictures")
-    add("--images", type=whole(SHOWN), default=256, metavar="N", help="in the pool")
-    add("--codes", type=whole(2), default=128, metavar="N", help="tried for each image")
+    add("--out", default="docs/how_it_works", metavar="FOLDER", help="the pictures go there")
+    add("--images", type=whole(SHOWN), default=256, metavar="N", help="images in the pool")
+    add("--codes", type=whole(2), default=128, metavar="N", help="codes per image")
     add("--steps", type=whole(1), default=64, metavar="N", help="gradient steps")
-    add("--lr", type=real(0), default=3e-4, metavar="RATE", help="of these steps")
-    add("--mask_ratio", type=real(0, 1), default=0.75, metavar="SHARE", help="of patches removed")
-    add("--seed", type=whole(0, 2**31), default=0, metavar="N", help="of images, masks and codes")
+    add("--lr", type=real(0), default=3e-4, metavar="RATE", help="learning rate")
+    add("--mask_ratio", type=real(0, 1), default=0.75, metavar="SHARE", help="masked patches")
+    add("--seed", type=whole(0, 2**31), default=0, metavar="N", help="random seed")
     # fmt: on
     args = parser.parse_args(argv)
     run_command(lambda: start(args))
