@@ -350,6 +350,7 @@ class ImplicitMAE(nn.Module):
         self.config = config
         c, norm = config, partial(nn.LayerNorm, eps=config.norm_eps)
         self.n_blocks = c.depth + c.decoder_depth
+        self.cross_decoder = issubclass(DECODERS[c.decoder], CrossBlock)
         self.patch_embed = PatchEmbed(c.image_size, c.patch_size, 3, c.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.dim))
         self.pos_embed = nn.Parameter(sincos_position_embedding(c.grid, c.dim), requires_grad=False)
@@ -401,7 +402,7 @@ class ImplicitMAE(nn.Module):
         # without injections and a cross decoder run in `suffix`, for the tokens to predict only.
         injected_blocks = [c.depth - 1 if place == "mask" else place for place, _ in c.ip_spec]
         self.prefix_blocks = min(injected_blocks, default=self.n_blocks - 2) + 1
-        if c.decoder == "cross":
+        if self.cross_decoder:
             self.prefix_blocks = min(self.prefix_blocks, c.depth)
 
     def prefix(self, images, mask_noise, mask_ratio=0.75, predict_ratio=1.0):
@@ -513,12 +514,11 @@ class ImplicitMAE(nn.Module):
         visible = self.decoder_embed(x)
         n_visible = visible.shape[2]  # with the class token
         position_embeddings = self.decoder_pos_embed[0][positions][:, None]  # (N, 1, 1+V+M, C)
-        cross = self.config.decoder == "cross"
-        begin = first if cross else n_visible  # the first position with a mask token
+        begin = first if self.cross_decoder else n_visible  # index of the first mask token
         masked_positions = positions[:, begin:]
         mask_tokens = self.mask_token.expand(*masked_positions.shape, -1)[:, None]
         mask_tokens = self._inject("mask", mask_tokens, codes, masked_positions)
-        if cross:
+        if self.cross_decoder:
             memory = visible + position_embeddings[:, :, :n_visible]
             return mask_tokens + position_embeddings[:, :, begin:], masked_positions, memory
         k = max(visible.shape[1], mask_tokens.shape[1])
