@@ -69,6 +69,7 @@ PRESETS = {
 # fmt: on
 
 
+# -------------------------------------------------------------------------------------------------
 # Injection: how a code changes the tokens at a place of the network.
 
 ACTIVATIONS = {"leakyrelu": partial(nn.LeakyReLU, 0.2), "relu": nn.ReLU, "gelu": nn.GELU}
@@ -111,12 +112,14 @@ def mapping_net(config, n_out):
 
 
 class Injection(nn.Module):
-    """What the rest of the code relies on in a method of injection. It is built with the config,
+    """A method of injection: all that the rest of the code relies on. It is built with the config,
     the channels C of its place and the number of positions 1+L."""
 
     code_dim: int  # how many numbers of a code it reads; set in __init__
-    after_norm = False  # True: after the last block of a stack it acts on the LayerNorm's output
-    surrogate_can_learn = True  # False: `features` do not tell the surrogate which codes are good
+    after_norm = (
+        False  # True: placed at the last encoder or decoder block, acts after the LayerNorm
+    )
+    surrogate_can_learn = True  # False: --sampler surrogate is refused
 
     def features(self, codes):
         """codes (..., code_dim) -> (..., F): what the surrogate compares codes by."""
@@ -147,7 +150,7 @@ class AdaIN(Injection):
 class LocalAdaIN(Injection):
     """One shift and one scale per token, the same for all channels."""
 
-    after_norm = True  # a LayerNorm takes each token's shift and scale away
+    after_norm = True  # the LayerNorm would undo a shift and a scale of the whole token
 
     def __init__(self, config, channels, n_positions):
         super().__init__()
@@ -167,7 +170,7 @@ class Add(Injection):
     """A code with a number for every channel of every position, added to the tokens; with
     adain_init="identity" multiplied by one learned number per channel, which starts at zero."""
 
-    surrogate_can_learn = False  # a code has far more numbers than codes are tried
+    surrogate_can_learn = False  # a code has far more numbers than there are codes to learn from
 
     def __init__(self, config, channels, n_positions):
         super().__init__()
@@ -218,8 +221,9 @@ def patch_statistics(patches):
 
 def target_patches(images, patch_size, norm_pix_loss):
     """What the network learns to predict for images (N, 3, H, W): (N, L, P*P*3)."""
-    # To predict something else than pixels, change this function; the number of values per patch
-    # is the width of `decoder_pred`, and `pixels` turns predictions into pixels for pictures.
+    # To predict something else than pixels, change this function. If the number of values per patch
+    # changes, change the width of `decoder_pred` and `masked_target`, which reads P from it; for
+    # pictures change `pixels`, which turns predictions into pixels.
     patches = patchify(images, patch_size)
     if norm_pix_loss:
         mean, std = patch_statistics(patches)
@@ -247,9 +251,9 @@ def reconstruction_loss(pred, images, mask, norm_pix_loss=True):
     if pred.shape[-2] == mask.shape[1]:  # predictions of all patches
         pred = pick(pred, masked_patches(mask, int(mask[0].sum())))
     target = masked_target(images, mask, pred, norm_pix_loss)
-    # To try another loss, change this line. Training, the exhaustive choice of codes and validation
-    # follow; the surrogate (--sampler surrogate) goes on to pick the codes that it tries by squared
-    # error to `masked_target`. The form of the target is `target_patches`.
+    # To try another loss, change this line. Training, validation and the exhaustive choice of codes
+    # then use the new loss. The surrogate still predicts squared errors to `masked_target`: change
+    # Samplers.predicted_losses, too. For another target, change `target_patches`.
     return (pred - target).square().mean((-1, -2))
 
 
@@ -320,7 +324,7 @@ class CrossBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-DECODERS = {"self": Block, "cross": CrossBlock}  # --decoder -> the decoder's blocks
+DECODERS = {"self": Block, "cross": CrossBlock}  # ModelConfig.decoder -> class of its blocks
 
 
 # -------------------------------------------------------------------------------------------------
@@ -346,6 +350,7 @@ class ImplicitMAE(nn.Module):
         self.config = config
         c, norm = config, partial(nn.LayerNorm, eps=config.norm_eps)
         self.n_blocks = c.depth + c.decoder_depth
+        self.cross_decoder = issubclass(DECODERS[c.decoder], CrossBlock)
         self.patch_embed = PatchEmbed(c.image_size, c.patch_size, 3, c.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.dim))
         self.pos_embed = nn.Parameter(sincos_position_embedding(c.grid, c.dim), requires_grad=False)
@@ -378,11 +383,11 @@ class ImplicitMAE(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.config.dim, -1))
 
     def _add_injections(self):
-        """Builds the injections of ip_spec and finds out where the first one acts."""
+        """Builds the injections of ip_spec; their codes lie side by side, in its order."""
         c, n_positions = self.config, self.pos_embed.shape[1]
         self.injections = nn.ModuleDict()
         self.code_dim = 0  # D
-        self.injected_at = {}  # point -> key of its injection, the slice of a code that it reads
+        self.injected_at = {}  # point, see _inject -> key of its injection, its slice of a code
         points_after_norm = {c.depth - 1: "norm", self.n_blocks - 1: "decoder_norm"}
         for place, method in c.ip_spec:
             in_encoder = place != "mask" and place < c.depth
@@ -393,18 +398,17 @@ class ImplicitMAE(nn.Module):
             self.injected_at[point] = str(place), code_slice
             self.code_dim = code_slice.stop
 
-        # `prefix` runs the blocks up to the first injection. Without injections it leaves out the
-        # last block, which `suffix` computes for the wanted tokens only, and so it does with all
-        # blocks of a cross decoder.
+        # How many blocks run in `prefix`: all up to the first injection. The last block of a model
+        # without injections and a cross decoder run in `suffix`, for the tokens to predict only.
         injected_blocks = [c.depth - 1 if place == "mask" else place for place, _ in c.ip_spec]
         self.prefix_blocks = min(injected_blocks, default=self.n_blocks - 2) + 1
-        if c.decoder == "cross":
+        if self.cross_decoder:
             self.prefix_blocks = min(self.prefix_blocks, c.depth)
 
     def prefix(self, images, mask_noise, mask_ratio=0.75, predict_ratio=1.0):
         """Runs the network up to the first injection: images (N,3,H,W) normalised, mask_noise (N,L)
-        -> a Prefix for `suffix`. predict_ratio: share of all patches to predict; of the masked
-        patches the ones with the lowest mask_noise are predicted, at most all."""
+        -> a Prefix for `suffix`. predict_ratio: share of all patches to predict, taken from the
+        masked patches with the lowest mask_noise, at most all of them."""
         length = mask_noise.shape[1]
         n_visible = int(length * (1 - mask_ratio))
         n_predicted = max(1, min(length - n_visible, round(length * predict_ratio)))
@@ -424,7 +428,7 @@ class ImplicitMAE(nn.Module):
         codes the dimension K is missing."""
         positions, x = prefix.positions, prefix.tokens
         first = 1 + prefix.n_visible if masked_only else 1  # the first token to predict
-        if self.prefix_blocks == self.n_blocks:  # the last block has computed all tokens
+        if self.prefix_blocks == self.n_blocks:  # `prefix` ran the last block, for all tokens
             positions, x = positions[:, first:], x[:, :, first:]
         x = self._inject(self.prefix_blocks - 1, x, codes, positions)
         x = self._run(x, codes, positions, self.prefix_blocks, self.n_blocks, first)
@@ -464,8 +468,8 @@ class ImplicitMAE(nn.Module):
 
     def _run(self, x, codes, positions, start, stop, first=0):
         """Runs blocks start to stop-1, numbered through encoder and decoder, each followed by its
-        injection. x (N, 1 or K, T, C) are the tokens at positions[:, :T]; the result has the
-        tokens at positions[:, first:] if the last block, or a cross decoder, is run."""
+        injection, on the tokens x (N, 1 or K, T, C) at positions[:, :T]. The last block, and every
+        block of a cross decoder, computes only the tokens at positions[:, first:]."""
         blocks = [*self.blocks, *self.decoder_blocks]
         memory = None  # the tokens that a cross decoder attends to
         for place in range(start, stop):
@@ -473,7 +477,7 @@ class ImplicitMAE(nn.Module):
                 x, positions, memory = self._enter_decoder(x, codes, positions, first)
             if memory is not None:
                 x = blocks[place](x, memory)
-            elif place == self.n_blocks - 1:  # no block follows that would read the other tokens
+            elif place == self.n_blocks - 1:  # no later block reads the other tokens
                 x, positions = run_block(blocks[place], x, first), positions[:, first:]
             else:
                 x = run_block(blocks[place], x)
@@ -481,9 +485,9 @@ class ImplicitMAE(nn.Module):
         return x
 
     def _inject(self, point, x, codes, positions):
-        """Injects codes (N, K, D) into tokens x (N, 1 or K, T, C) at positions[:, :T], where the
-        point has an injection: (N, K, T, C). Points: a block's number, "mask", "norm" and
-        "decoder_norm" stand for that module's output. Without codes x stays as it is."""
+        """Injects codes (N, K, D) into tokens x (N, 1 or K, T, C) at positions[:, :T] -> (N, K, T,
+        C). Without codes, or without an injection at this point, returns x. Points: the number of a
+        block, "norm", "decoder_norm" (after that module), "mask" (the mask tokens)."""
         if codes is None or point not in self.injected_at:
             return x
         key, code_slice = self.injected_at[point]
@@ -503,19 +507,18 @@ class ImplicitMAE(nn.Module):
         return torch.cat([class_token, patches], dim=2)
 
     def _enter_decoder(self, x, codes, positions, first):
-        """Encoder tokens x (N, 1 or K, 1+V, C) -> the tokens that the decoder's blocks transform
-        (N, 1 or K, T, C), their positions (N, T), and the memory that they attend to: None, as they
-        attend to each other; of a cross decoder the visible tokens."""
+        """The last encoder block's tokens (N, 1 or K, 1+V, C) -> the tokens (N, 1 or K, T, C) for
+        the decoder's blocks, their positions (N, T), and a memory: the visible tokens, to which the
+        tokens of a cross decoder attend; None for a decoder whose tokens attend to each other."""
         x = self._inject("norm", self.norm(x), codes, positions)
         visible = self.decoder_embed(x)
         n_visible = visible.shape[2]  # with the class token
         position_embeddings = self.decoder_pos_embed[0][positions][:, None]  # (N, 1, 1+V+M, C)
-        cross = self.config.decoder == "cross"
-        begin = first if cross else n_visible  # the first position with a mask token
+        begin = first if self.cross_decoder else n_visible  # index of the first mask token
         masked_positions = positions[:, begin:]
         mask_tokens = self.mask_token.expand(*masked_positions.shape, -1)[:, None]
         mask_tokens = self._inject("mask", mask_tokens, codes, masked_positions)
-        if cross:
+        if self.cross_decoder:
             memory = visible + position_embeddings[:, :, :n_visible]
             return mask_tokens + position_embeddings[:, :, begin:], masked_positions, memory
         k = max(visible.shape[1], mask_tokens.shape[1])

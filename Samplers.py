@@ -1,5 +1,5 @@
-"""What choosing codes rests on: passes of codes, the loss that codes are chosen by, and the
-surrogate, which chooses among many codes and tries only some of them. Pure tensors in and out.
+"""Passes of codes, the loss by which codes are chosen, and the surrogate, which chooses among many
+codes but tries only some of them. Pure tensors in and out.
 
 Letters in shapes: N images, S codes per image, k of these, Q predicted values."""
 
@@ -21,8 +21,8 @@ def code_passes(model, prefix, seeds, numbers, codes_per_pass):
 
 
 def image_losses(model, pred, images, mask):
-    """The loss of each image (N,), or image and code (N, K), in float32: codes are chosen by it,
-    and gradients are taken of it. Arguments as of Models.reconstruction_loss."""
+    """Models.reconstruction_loss in float32, (N,) or (N, K): the loss by which codes are chosen and
+    of which gradients are taken."""
     return reconstruction_loss(pred, images, mask, model.config.norm_pix_loss).float()
 
 
@@ -53,9 +53,9 @@ def choose_codes_surrogate(
     rs_epsilon=0.0,
     prefix=None,
 ):
-    """TrainIMLE.choose_codes with only `tries` of the codes tried: the first third of them as they
-    come, then, in rounds of a sixth, the codes with the lowest predicted losses. Arguments and
-    results as there, but the mean loss is over the first third."""
+    """Like TrainIMLE.choose_codes, but tries only `tries` of the codes: a third of the tries take
+    the first codes, then rounds of a sixth take the codes with the lowest predicted losses. The
+    mean loss is over the first third."""
     if prefix is None:
         prefix = model.prefix(images, mask_noise, mask_ratio, predict_ratio)
     numbers = torch.arange(codes_per_image, device=images.device).expand(len(images), -1)  # (N, S)

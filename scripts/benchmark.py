@@ -1,5 +1,5 @@
-"""Measures speed, all candidates side by side in one run: python scripts/benchmark.py WHAT [flags].
-`--help` behind a WHAT lists its flags; --json FILE writes the rows."""
+"""Compares the speed of several candidates: python scripts/benchmark.py WHAT [flags].
+`benchmark.py WHAT --help` lists the flags of one benchmark."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from internals.processes import run_command
 from IO import Parser
 from Utils import write_atomically
 
-# Each has add_flags(parser) and measure(args) -> Tables, one by one.
+# Each benchmark has add_flags(parser) and measure(args), which yields Tables.
 BENCHMARKS = {
     "data": data,
     "sampling": sampling,
@@ -41,12 +41,12 @@ def print_table(table):
 
 
 def main(argv=None):
-    """Runs one benchmark, prints its tables, writes their rows."""
+    """The command benchmark.py: runs one benchmark, prints its tables, writes their rows."""
     parser = Parser(prog="benchmark.py", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="WHAT", dest="what")
     for name, module in BENCHMARKS.items():
         command = commands.add_parser(name, description=module.__doc__, help=module.__doc__)
-        command.add_argument("--json", metavar="FILE", help="write the rows of all tables there")
+        command.add_argument("--json", metavar="FILE", help="write the rows of all tables to FILE")
         module.add_flags(command)
     args, unknown = parser.parse_known_args(argv)
     if unknown:

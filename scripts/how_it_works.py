@@ -1,5 +1,5 @@
-"""Draws one epoch of IMLE, with the functions that training calls: masks, the losses of an image's
-codes and the chosen one, what gradient steps change: the pictures of docs/how_it_works.md.
+"""Draws one epoch of IMLE with the functions that training calls: masks, the losses of an image's
+codes, the chosen codes, and the effect of gradient steps. docs/how_it_works.md shows the pictures.
 
 python scripts/how_it_works.py demo/imle_mnist.pt"""
 
@@ -19,7 +19,7 @@ from internals.plots import picture_grid
 from internals.processes import run_command
 from internals.weights import SOURCES, load_model
 from IO import Parser, check_mask_ratio, real, whole
-from Samplers import code_passes, image_losses, sort_keys
+from Samplers import image_losses, sort_keys, try_codes
 from Utils import InputError, write_atomically
 
 SHOWN = 6  # images in the picture of masks
@@ -55,11 +55,9 @@ def losses_of_codes(model, epoch, n_codes, mask_ratio):
     for images, mask_noise, seeds in zip(*(x.split(BATCH) for x in tensors), strict=True):
         prefix = model.prefix(images, mask_noise, mask_ratio)
         numbers = torch.arange(n_codes).expand(len(images), -1)
-        passes = code_passes(model, prefix, seeds, numbers, CODES_PER_PASS)
-        preds = (model.suffix(prefix, codes) for codes in passes)
-        tried = torch.cat([image_losses(model, pred, images, prefix.mask) for pred in preds], dim=1)
+        _, losses = try_codes(model, prefix, images, seeds, numbers, CODES_PER_PASS)
         plain = image_losses(model, model.suffix(prefix, None), images, prefix.mask)
-        parts.append((tried, plain))
+        parts.append((losses, plain))
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -123,7 +121,8 @@ def take_steps(model, epoch, chosen, steps, mask_ratio, lr):
 
 
 def draw_steps(before, after, chosen, steps, path):
-    """The losses (n, codes) of all codes, and of the chosen ones, before and after the steps."""
+    """Draws histograms of the losses (n, codes) before and after the gradient steps: of the chosen
+    codes and of all codes."""
     from matplotlib.figure import Figure  # slow to import; and Figure alone opens no windows
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
@@ -146,7 +145,7 @@ def draw_steps(before, after, chosen, steps, path):
 
 
 def start(args):
-    """Goes through one epoch, and draws it."""
+    """Runs one epoch and draws the three pictures."""
     out = Path(args.out)
     if not out.is_dir():
         raise InputError(f"--out {out}: no folder")
@@ -170,20 +169,20 @@ def start(args):
 
 
 def main(argv=None):
-    """Draws the three pictures."""
+    """The command how_it_works.py."""
     description = " ".join(__doc__.split("\n\n")[0].split())
     parser = Parser(prog="how_it_works.py", description=description)
     add = parser.add_argument
     # fmt: off
-    add("model", metavar="MODEL", help=f"with codes: {SOURCES}")
+    add("model", metavar="MODEL", help=f"a model with codes: {SOURCES}")
     add("--data_tr", default="demo/mnist_train.tar", metavar="PATH", help="training images")
-    add("--out", default="docs/how_it_works", metavar="FOLDER", help="of the pictures")
-    add("--images", type=whole(SHOWN), default=256, metavar="N", help="in the pool")
-    add("--codes", type=whole(2), default=128, metavar="N", help="tried for each image")
+    add("--out", default="docs/how_it_works", metavar="FOLDER", help="the pictures go there")
+    add("--images", type=whole(SHOWN), default=256, metavar="N", help="images in the pool")
+    add("--codes", type=whole(2), default=128, metavar="N", help="codes per image")
     add("--steps", type=whole(1), default=64, metavar="N", help="gradient steps")
-    add("--lr", type=real(0), default=3e-4, metavar="RATE", help="of these steps")
-    add("--mask_ratio", type=real(0, 1), default=0.75, metavar="SHARE", help="of patches removed")
-    add("--seed", type=whole(0, 2**31), default=0, metavar="N", help="of images, masks and codes")
+    add("--lr", type=real(0), default=3e-4, metavar="RATE", help="learning rate")
+    add("--mask_ratio", type=real(0, 1), default=0.75, metavar="SHARE", help="masked patches")
+    add("--seed", type=whole(0, 2**31), default=0, metavar="N", help="random seed")
     # fmt: on
     args = parser.parse_args(argv)
     run_command(lambda: start(args))

@@ -1,8 +1,8 @@
-"""What codes add, measured on runs with the uids ARM-SEED: how near the best of k completions comes
-to the image; how many classes the completions of one masked image show, and whether the true one is
-among them, as a classifier that was trained on whole images sees it. For comparison: an MAE's
-single completion, the same with noise of the codes' size, and a network with codes that was not
-trained.
+"""Measures what codes add, on runs with the uids ARM-SEED: the loss of the best of k completions of
+a masked image, the number of classes that the completions show, and whether the true class is among
+them. A classifier trained on whole images (the judge) recognises the classes. For comparison: an
+MAE's single completion, that completion with noise as large as the effect of codes, and an
+untrained network with codes.
 
 python scripts/what_codes_add.py FOLDER --out codes.png"""
 
@@ -42,8 +42,8 @@ from Validation import examples, prepare
 
 NOISE, UNTRAINED = "MAE + noise", "untrained"
 IMAGES_PER_PASS = 8
-JUDGE_IMAGES = 50_000  # that the judge learns from, at most
-ROWS, COLUMNS = 8, 12  # of the picture of classes: images; classes, at most
+JUDGE_IMAGES = 50_000  # the judge learns from at most so many images
+ROWS, COLUMNS = 8, 12  # at most, in the picture of classes: images, classes
 
 
 # -------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ ROWS, COLUMNS = 8, 12  # of the picture of classes: images; classes, at most
 
 
 def train_judge(images, labels, n_classes, seed, batch=64):
-    """A small convolutional network that classifies images uint8 (n, 3, H, W)."""
+    """Trains a small convolutional network to classify images uint8 (n, 3, H, W)."""
     epochs = min(20, max(1, round(80_000 / len(images))))
     with seeded(seed):
         judge = nn.Sequential(
@@ -73,7 +73,7 @@ def train_judge(images, labels, n_classes, seed, batch=64):
 
 
 def make_judge(images, device, options):
-    """A judge of a data set's classes. options: keywords of Validation.examples."""
+    """A judge trained on the images of a data set. options: keywords of Validation.examples."""
     chosen = examples(images, JUDGE_IMAGES, **options)
     chunks = chosen.loader.chunks(chosen.indices, chosen.seeds, 256)
     parts = [part for _, part in watch(chunks, "loading", len(chosen.indices))]
@@ -84,7 +84,7 @@ def make_judge(images, device, options):
 @torch.no_grad()
 def judged(judge, images):
     """images (N, K, 3, H, W) normalised -> the judge's classes (N, K) and their probabilities."""
-    # As uint8 first: what is not a colour can't make it sure.
+    # uint8 first, so that values beyond black and white can't make the judge sure of a class.
     shown = normalize(denormalize(images)).flatten(0, 1).to(next(judge.parameters()).dtype)
     shown = shown.contiguous(memory_format=torch.channels_last)
     probabilities = torch.cat([judge(part).float().softmax(1) for part in shown.split(256)])
@@ -92,14 +92,14 @@ def judged(judge, images):
 
 
 # -------------------------------------------------------------------------------------------------
-# Completions, and what is measured of them.
+# Completions and their measures.
 
 
 @torch.no_grad()
 def complete(models, mae, images, mask_noise, codes_per_image, mask_ratio, seeds):
-    """Yields (name, completions (N,K,L,P*P*3), mask): of each model of {name: model}, with the same
-    codes for every image; of the `mae` also with noise, value by value as large as the first
-    model's deviation over codes."""
+    """Yields (name, completions (N,K,L,P*P*3), mask) for each model in {name: model}, with the same
+    codes for every image. For the model `mae` it also yields completions with noise: each value's
+    noise is as large as the first model's standard deviation over codes."""
     deviation = None
     for name, model in models.items():
         codes = None
@@ -119,22 +119,22 @@ def complete(models, mae, images, mask_noise, codes_per_image, mask_ratio, seeds
 
 
 def best_of(k, values):
-    """The mean, over all choices of k of the K values (N,K), of the lowest: (N,)."""
+    """The expected minimum (N,) of k values drawn from values (N,K) without replacement."""
     n = values.shape[1]
     ways = [math.comb(n - 1 - i, k - 1) / math.comb(n, k) for i in range(n)]
     return values.sort(1).values @ torch.tensor(ways, dtype=values.dtype)
 
 
 def shown_classes(k, counts, n):
-    """counts (N, C): how many of an image's n completions show each class -> the probabilities
-    (N, C) that at least one of k of them does, over all choices of k."""
+    """counts (N, C): how many of an image's n completions show each class -> the probability (N, C)
+    that at least one of k completions, drawn without replacement, shows the class."""
     ways = [1 - math.comb(n - count, k) / math.comb(n, k) for count in range(n + 1)]
     return torch.tensor(ways, dtype=torch.float64)[counts]
 
 
 def measure(losses, spread, classes, labels, n_classes):
-    """What is drawn and printed about one way to complete images: losses (N,K), spread (N,) over
-    codes, classes (N,K), -1 where none is plausible, labels (N,)."""
+    """The measures of one way to complete images, {name: number or list over k}: losses (N,K),
+    spread (N,) over codes, classes (N,K), -1 where no class is plausible, labels (N,)."""
     n, k = losses.shape
     ks = [2**i for i in range(k.bit_length()) if 2**i < k] + [k]
     counts = F.one_hot(classes + 1, n_classes + 1).sum(1)[:, 1:]  # (N, C)
@@ -154,9 +154,9 @@ def measure(losses, spread, classes, labels, n_classes):
 
 @torch.no_grad()
 def class_cells(images, mask, pictures, mae, n_classes):
-    """Of each image a row of the picture of classes, uint8 (N, columns, 3, H, W): image, masked
-    image, the completion of `mae`, and of each class the first model's completion that shows it
-    best, gray where none does; and how many classes are shown (N,)."""
+    """Rows of the picture of classes, uint8 (N, columns, 3, H, W): image, masked image, the MAE's
+    completion, and for each class the first model's completion that shows the class best, gray if
+    no completion does. Second result: the number of classes shown (N,)."""
     completed, classes, probabilities = next(iter(pictures.values()))
     gray = normalize(torch.full_like(images[:, :1], 128).expand_as(images))
     patches = Models.patchify(gray, math.isqrt(images[0, 0].numel() // mask.shape[1]))
@@ -172,7 +172,7 @@ def class_cells(images, mask, pictures, mae, n_classes):
 
 
 def most_classes(cells, n_shown):
-    """The ROWS images that show the most classes."""
+    """Keeps the ROWS images whose completions show the most classes."""
     rows = n_shown.argsort(descending=True, stable=True)[:ROWS]
     return cells[rows], n_shown[rows]
 
@@ -182,8 +182,7 @@ def most_classes(cells, n_shown):
 
 
 def load_models(runs, seed, device):
-    """{name: model} of the runs {arm: folder}, those with codes first, and one that was not
-    trained."""
+    """{name: model} of the runs {arm: folder}, models with codes first, and an untrained model."""
     models = {}
     for arm, run in runs.items():
         if not (paths := checkpoint_paths(run)):
@@ -201,8 +200,8 @@ def load_models(runs, seed, device):
 
 
 def measure_seed(runs, mae, args):
-    """{name: what `measure` gives} for the runs {arm: folder} of one seed; the judge's accuracy on
-    whole images; rows of the picture of classes, the number of images, the classes."""
+    """For the runs {arm: folder} of one seed: {name: measures}; the judge's accuracy on whole
+    images; rows of the picture of classes, the number of images, the names of the classes."""
     flags = read_config(next(iter(runs.values())))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = load_models(runs, flags["seed"], device)
@@ -249,7 +248,7 @@ def measure_seed(runs, mae, args):
     return measured, accuracy, (cells[0][0], len(labels), images_tr.classes)
 
 
-PANELS = {  # title -> what `measure` calls it
+PANELS = {  # title -> key of the measure
     "validation loss of the best of k": "loss",
     "plausible classes among k completions": "classes",
     "the true class is among them": "true",
@@ -257,7 +256,7 @@ PANELS = {  # title -> what `measure` calls it
 
 
 def draw(results, names, path):
-    """Draws {name: [what `measure` gives, for each seed]} over k."""
+    """Draws the results {name: [measures of each seed]} over k."""
     from matplotlib.figure import Figure  # slow to import; and Figure alone opens no windows
 
     figure = Figure(figsize=(13, 4.6), layout="constrained")
@@ -270,7 +269,7 @@ def draw(results, names, path):
         ks = max((seeds[0]["k"] for seeds in results.values()), key=len)
         axes.set_xticks(ks, list(map(str, ks)))
         for number, (name, seeds) in enumerate(results.items()):
-            if name == UNTRAINED:  # far from all others: in the table only
+            if name == UNTRAINED:  # in the table only: its loss is far from all others
                 continue
             values, label = np.array([seed[key] for seed in seeds]), names.get(name, name)
             if values.shape[1] == 1:  # one completion: the same for every k
@@ -283,7 +282,7 @@ def draw(results, names, path):
 
 
 def table(results, names, n_codes):
-    """Prints {name: [what `measure` gives, for each seed]}, means over seeds."""
+    """Prints the results {name: [measures of each seed]}: their means over seeds."""
     heads = ["loss of one", f"best of {n_codes}", "spread", "plausible", "classes", "true"]
     rows = [["completions by", *heads, "codes that win"]]
     for name, seeds in results.items():
@@ -301,7 +300,7 @@ def table(results, names, n_codes):
 
 
 def start(args):
-    """Measures each seed, draws and prints."""
+    """Measures the runs of each seed, draws both pictures and prints the table."""
     names, runs_of = called(arms(args.folder), args.names)
     check_folder(args.out)
     seeds, results = sorted(set.intersection(*map(set, runs_of.values()))), {}
@@ -327,21 +326,21 @@ def start(args):
 
 
 def main(argv=None):
-    """Draws both pictures and prints the table."""
+    """The command what_codes_add.py."""
     description = " ".join(__doc__.split("\n\n")[0].split())
     parser = Parser(prog="what_codes_add.py", description=description)
     add = parser.add_argument
     # fmt: off
-    add("folder", metavar="FOLDER", help="runs with the uids ARM-SEED lie under it")
+    add("folder", metavar="FOLDER", help="the folder that holds runs with the uids ARM-SEED")
     add("--out", default="codes.png", metavar="FILE",
         help="the picture; beside it FILE_classes.png: completions by the class they show")
     add("--codes", type=whole(2), default=128, metavar="N", help="completions of each image")
     add("--images", type=whole(1), metavar="N",
         help="validation images, at most; default: as the runs, --ex_for_mse_loss")
     add("--plausible", type=real(0, 1), default=0.9, metavar="P",
-        help="the judge's probability from which on a completion shows a class")
-    add("--mae", default="mae", metavar="ARM", help="the arm without codes")
-    add("--names", nargs="+", default=[], metavar="ARM=NAME", help="how arms are called")
+        help="a completion shows a class if the judge's probability of it is at least P")
+    add("--mae", default="mae", metavar="ARM", help="the arm of the plain MAE")
+    add("--names", nargs="+", default=[], metavar="ARM=NAME", help="names of arms in the pictures")
     # fmt: on
     args = parser.parse_args(argv)
     run_command(lambda: start(args))

@@ -1,7 +1,6 @@
 """The algorithm and the real command, tiny: what is chosen, trained, measured, left behind."""
 
 import dataclasses
-import itertools
 import json
 import math
 import shutil
@@ -85,26 +84,51 @@ def test_the_nearest_of_all_codes_is_chosen_however_they_are_cut(model, chunk, c
     torch.testing.assert_close(mean, losses.mean(1))
 
 
+SAMPLERS = {  # of six codes, all of them tried
+    "exhaustive": TrainIMLE.choose_codes,
+    "surrogate": partial(Samplers.choose_codes_surrogate, tries=6),
+}
+
+
 @torch.no_grad()
-def test_a_loss_that_is_not_finite_never_wins(model, chunk, monkeypatch):
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_loss_that_is_not_finite_never_wins(model, chunk, monkeypatch, sampler):
     losses = brute_force(model, *chunk, 6)
-    worst = losses.argmin(1)  # what would win
+    lowest, second = losses.sort(dim=1).values[:, :2].unbind(1)  # lowest: the loss that would win
+    values = torch.tensor([math.nan, -math.inf, math.nan, -math.inf, math.nan])
+    right_loss = Models.reconstruction_loss
 
-    passes = itertools.count()
+    def broken(pred, *arguments):
+        result = right_loss(pred, *arguments)  # (N, k)
+        return torch.where(result < (lowest + second)[:, None] / 2, values[:, None], result)
 
-    def broken(model, pred, images, mask):
-        result = Models.reconstruction_loss(pred, images, mask, False)
-        first = 2 * next(passes)
-        for n, k in enumerate(worst.tolist()):
-            if first <= k < first + 2:
-                result[n, k - first] = (math.nan, -math.inf)[n % 2]
-        return result
-
-    monkeypatch.setattr(TrainIMLE, "image_losses", broken)
-    codes, _, best, _ = TrainIMLE.choose_codes(model, *chunk, codes_per_image=6, codes_per_pass=2)
-    second = losses.scatter(1, worst[:, None], math.inf).argmin(1)
-    assert torch.equal(codes, model.sample_codes(chunk[2], 6)[torch.arange(5), second])
+    monkeypatch.setattr(Samplers, "reconstruction_loss", broken)
+    codes, numbers, best, _ = SAMPLERS[sampler](model, *chunk, codes_per_image=6, codes_per_pass=2)
+    expected = losses.argsort(dim=1)[:, 1]
+    assert torch.equal(numbers, expected)
+    assert torch.equal(codes, model.sample_codes(chunk[2], 6)[torch.arange(5), expected])
     assert best.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rs_epsilon", [0.0, 0.8, 100.0])
+@pytest.mark.parametrize("predict_ratio", [1.0, 0.25])
+def test_both_samplers_choose_alike_where_all_codes_are_tried(
+    model, chunk, rs_epsilon, predict_ratio
+):
+    options = {"codes_per_image": 6, "codes_per_pass": 4, "mask_ratio": 0.6}
+    options |= {"rs_epsilon": rs_epsilon, "predict_ratio": predict_ratio}
+    results = [choose(model, *chunk, **options) for choose in SAMPLERS.values()]
+    for exact, surrogate in zip(*[result[:3] for result in results], strict=True):
+        torch.testing.assert_close(exact, surrogate)
+    codes, numbers = results[0][:2]
+    assert numbers.dtype == torch.int64 and torch.equal(
+        codes, model.numbered_codes(chunk[2], numbers[:, None])[:, 0]
+    )
+    prefix = model.prefix(*chunk[:2], 0.6, predict_ratio)
+    again = [choose(model, *chunk, **options, prefix=prefix) for choose in SAMPLERS.values()]
+    for first, second in zip(sum(results, ()), sum(again, ()), strict=True):
+        assert torch.equal(first, second), "with the prefix given"
 
 
 @torch.no_grad()
@@ -156,42 +180,31 @@ def test_the_surrogate_looks_for_codes_that_are_not_too_near(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rs_epsilon", [0.0, 0.8])
-def test_the_surrogate_that_tries_all_codes_chooses_as_the_exhaustive_sampler(
-    model, chunk, rs_epsilon
-):
-    options = {"codes_per_image": 10, "codes_per_pass": 4, "rs_epsilon": rs_epsilon}
-    exhaustive = TrainIMLE.choose_codes(model, *chunk, **options)
-    surrogate = Samplers.choose_codes_surrogate(model, *chunk, **options, tries=10)
-    assert torch.equal(exhaustive[0], surrogate[0]) and torch.equal(exhaustive[1], surrogate[1])
-    torch.testing.assert_close(exhaustive[2], surrogate[2])
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("tries", [1, 2, 5, 10])
-@pytest.mark.parametrize("residual", ["known", "no number", "codes change nothing"])
+@pytest.mark.parametrize("broken", ["nothing", "features", "residuals"])
 def test_the_surrogate_never_tries_a_code_twice_and_takes_the_nearest_of_the_tried(
-    model, chunk, monkeypatch, tries, residual
+    model, chunk, monkeypatch, tries, broken
 ):
-    losses, tried = brute_force(model, *chunk, 10), []
+    """Also where it can learn nothing: codes without effect, residuals that are not finite."""
+    losses = brute_force(model, *chunk, 10)
+    tried = []
 
     def try_codes(model, prefix, images, seeds, numbers, codes_per_pass):
         tried.append(numbers)
         residuals = torch.randn(5, numbers.shape[1], 7)
-        residuals = residuals * math.nan if residual == "no number" else residuals
-        return residuals, losses.gather(1, numbers)
+        return residuals * (math.nan if broken == "residuals" else 1), losses.gather(1, numbers)
 
     monkeypatch.setattr(Samplers, "try_codes", try_codes)
-    if residual == "codes change nothing":
-        monkeypatch.setattr(model, "code_features", lambda codes: 0 * codes)
-    _, chosen, best, _ = Samplers.choose_codes_surrogate(
-        model, *chunk, codes_per_image=10, codes_per_pass=4, tries=tries
+    if broken == "features":
+        monkeypatch.setattr(model, "code_features", torch.zeros_like)
+    _, numbers, best, mean = Samplers.choose_codes_surrogate(
+        model, *chunk, codes_per_image=10, codes_per_pass=3, tries=tries
     )
-    numbers = torch.cat(tried, dim=1)
-    assert numbers.shape == (5, tries)
-    assert all(len(set(row)) == tries for row in numbers.tolist())
-    assert torch.equal(best, losses.gather(1, numbers).min(1).values)
-    assert torch.equal(best, losses.gather(1, chosen[:, None])[:, 0])
+    torch.testing.assert_close(mean, losses.gather(1, tried[0]).mean(1))
+    tried = torch.cat(tried, dim=1)
+    assert tried.shape == (5, tries) and all(len(set(row)) == tries for row in tried.tolist())
+    assert torch.equal(best, losses.gather(1, tried).min(1).values)
+    assert torch.equal(best, losses.gather(1, numbers[:, None])[:, 0])
 
 
 def test_losses_are_predicted_exactly_where_completions_are_linear_in_the_features():

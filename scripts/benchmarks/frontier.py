@@ -1,4 +1,4 @@
-"""what trying fewer codes costs in quality: regret over time, drawn as a picture"""
+"""the quality lost by trying fewer codes: a picture of regret over time"""
 
 from functools import partial
 
@@ -20,20 +20,20 @@ COLUMNS = {
 
 
 def add_flags(parser):
-    """The benchmark's flags."""
+    """Adds the benchmark's flags."""
     sampling.sampling_flags(parser, ns=128, regret_images=256)
     add = parser.add_argument
     add("--tries", type=whole(1), nargs="+", default=[4, 8, 12, 16, 24, 32, 48, 64, 96],
-        metavar="CODES", help="numbers of codes to try, of --ns")  # fmt: skip
-    add("--sp", type=whole(1), default=64, metavar="CODES", help="per image and pass")
-    add("--images", type=whole(1), metavar="N", help="timed; default: CPU 2, GPU 32")
-    add("--repeats", type=whole(1), default=2, metavar="N", help="rounds that count")
+        metavar="CODES", help="numbers of codes to try, below --ns")  # fmt: skip
+    add("--sp", type=whole(1), default=64, metavar="CODES", help="codes per image and pass")
+    add("--images", type=whole(1), metavar="N", help="timed images; default: CPU 2, GPU 32")
+    add("--repeats", type=whole(1), default=2, metavar="N", help="rounds that are timed")
     add("--out", default="frontier.png", metavar="FILE", help="the picture; default: frontier.png")
 
 
 def measure(args):
-    """Yields the Table, and draws it: time by random weights at --arch, regret on --checkpoint, of
-    trying fewer codes and of the surrogate, all in the precision of a run."""
+    """Yields and draws the Table of fewer codes and of the surrogate, in a run's precision: time
+    with random weights of --arch, regret on --checkpoint."""
     device = torch.device(args.device)
     dtype = fastest_dtype(device)
     ours = partial(sampling.our_sampler, dtype=dtype)
@@ -65,7 +65,7 @@ def measure(args):
 
 
 def draw(rows, args):
-    """Regret over time, a line for each sampler."""
+    """Draws regret over time, one line for each sampler."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     for name, marker in (("fewer codes", "o"), ("surrogate", "s")):

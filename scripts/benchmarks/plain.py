@@ -1,5 +1,5 @@
-"""The plain way to compute an implicit MAE, which the benchmarks compare with: what the original
-and facebookresearch/mae do, step by step."""
+"""The plain way to compute an implicit MAE, as in the original and facebookresearch/mae: the
+baseline of the benchmarks."""
 
 import copy
 
@@ -9,7 +9,7 @@ from Models import reconstruction_loss
 
 
 def plain_model(model, fused):
-    """A copy whose attention is fused, or written out as in MAE's time."""
+    """A copy of the model with fused attention, or unfused attention (MAE's)."""
     model = copy.deepcopy(model)
     for block in (*model.blocks, *model.decoder_blocks):
         block.attn.fused_attn = fused
@@ -17,8 +17,8 @@ def plain_model(model, fused):
 
 
 def plain_losses(model, images, mask_noise, codes, mask_ratio=0.75):
-    """The losses (N, K) of codes (N, K, D) for AdaIN at the last encoder block: all patches are
-    embedded, tokens are copied for every code, all of them are decoded."""
+    """The losses (N, K) of codes (N, K, D) for AdaIN at the last encoder block: embeds all patches,
+    copies the encoder's tokens for every code, decodes all tokens."""
     n, k, _ = codes.shape
     length = mask_noise.shape[1]
     shuffle = mask_noise.argsort(dim=1)

@@ -1,4 +1,4 @@
-"""choosing codes: the plain way, ours exactly, as a run does it, and with fewer tries"""
+"""choosing codes: the plain way, all codes in float32, a run's default, and fewer tries"""
 
 import dataclasses
 from functools import partial
@@ -31,32 +31,32 @@ COLUMNS = {
 
 
 def add_flags(parser):
-    """The benchmark's flags; sizes that are not given fit the device."""
+    """Adds the benchmark's flags. Default sizes depend on the device."""
     sampling_flags(parser)
     add = parser.add_argument
-    add("--regret_ns", type=whole(2), default=128, metavar="CODES", help="per image, for regret")
+    add("--regret_ns", type=whole(2), default=128, metavar="CODES", help="codes for regret")
     add("--code_bs", type=whole(1), metavar="IMAGES", help="per pass; default: CPU 4, GPU 32")
     add("--sp", type=whole(1), metavar="CODES", help="per image and pass; default: CPU 8, GPU 64")
-    add("--repeats", type=whole(1), default=3, metavar="N", help="rounds that count")
+    add("--repeats", type=whole(1), default=3, metavar="N", help="rounds that are timed")
 
 
 def sampling_flags(parser, ns=None, regret_images=128):
-    """What the benchmarks of sampling have in common."""
+    """Adds the flags that the benchmarks of sampling share."""
     add = parser.add_argument
-    add("--arch", choices=PRESETS, default="vit_base", help="of the speed; default: vit_base")
+    add("--arch", choices=PRESETS, default="vit_base", help="model for speed; default: vit_base")
     add("--ns", type=whole(2), default=ns, metavar="CODES",
-        help=f"per image; default: {ns or 'CPU 32, GPU 128'}")  # fmt: skip
+        help=f"codes per image; default: {ns or 'CPU 32, GPU 128'}")  # fmt: skip
     add("--input_size", type=whole(1), default=224, metavar="PIXELS", help="side of the images")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--checkpoint", default=str(DEMO / "imle_mnist.pt"), metavar="SOURCE",
-        help="trained model, on which regret is measured")  # fmt: skip
+        help="trained model for regret")  # fmt: skip
     add("--data", default=str(DEMO / "mnist_val.tar"), metavar="PATH",
-        help="images for it, as --data_val takes them")  # fmt: skip
-    add("--regret_images", type=whole(1), default=regret_images, metavar="N", help="of these")
+        help="images for regret, like --data_val")  # fmt: skip
+    add("--regret_images", type=whole(1), default=regret_images, metavar="N", help="for regret")
 
 
 def measure(args):
-    """Yields the Table of samplers: speed by random weights at --arch, regret on --checkpoint."""
+    """Yields the Table of samplers: speed with random weights of --arch, regret on --checkpoint."""
     device, cpu = torch.device(args.device), args.device == "cpu"
     ns, sp = args.ns or (32 if cpu else 128), args.sp or (8 if cpu else 64)
     model, chunk = random_model(args, args.code_bs or (4 if cpu else 32), device)
@@ -104,16 +104,16 @@ def measure(args):
         COLUMNS,
         rows,
         [
-            "codes/s: codes to choose from, per second; of matmul: the rate of arithmetic, by that "
-            "of the decoder's widest matrix product in the same precision",
+            "codes/s: codes to choose from, per second; of matmul: operations per second, as a "
+            "share of those of the decoder's widest matrix product in the same precision",
             f"regret: on {args.checkpoint}, {args.regret_images} images x {args.regret_ns} codes",
         ],
     )
 
 
 def random_model(args, n, device, **options):
-    """A model of --arch with random weights and AdaIN at its last encoder block, and a chunk of n
-    images: images, noise, seeds. options: further fields of its ModelConfig."""
+    """A model of --arch with random weights and AdaIN at the last encoder block, and a chunk of n
+    images: images, mask noise, seeds. options: more fields of the ModelConfig."""
     preset = PRESETS[args.arch]
     if args.input_size % preset.patch_size:
         raise InputError(f"--input_size {args.input_size}: no multiple of {preset.patch_size}")
@@ -127,8 +127,8 @@ def random_model(args, n, device, **options):
 
 
 def plain_sampler(model, chunk, *, ns, sp, fused=False):
-    """The way of the original: the encoder again for every pass of sp codes, all tokens decoded, in
-    float32, attention written out where not `fused`. -> callable: the chosen codes (N, D)."""
+    """A callable that chooses codes (N, D) as the original does: runs the encoder again for every
+    pass of sp codes, decodes all tokens, computes in float32."""
     model = plain_model(model, fused)
 
     @torch.no_grad()
@@ -142,7 +142,8 @@ def plain_sampler(model, chunk, *, ns, sp, fused=False):
 
 
 def our_sampler(model, chunk, *, ns, sp, dtype=torch.float32, share=None, fewer=1.0, **options):
-    """choose_codes, as a run calls it: of `fewer` times ns codes, trying a `share` of them."""
+    """A callable that chooses codes (N, D) as a run does, from a share `fewer` of the ns codes; the
+    surrogate tries a `share` of these codes."""
     model, choose = in_precision(model, dtype), choose_codes
     options |= {"codes_per_image": max(1, round(ns * fewer)), "codes_per_pass": sp}
     if share is not None:
@@ -152,9 +153,7 @@ def our_sampler(model, chunk, *, ns, sp, dtype=torch.float32, share=None, fewer=
 
 @torch.no_grad()
 def measure_regrets(args, samplers, device, ns):
-    """{name: regret} of samplers on the trained checkpoint, with ns codes per image: how much more
-    the chosen codes lose, in float32, than the best of all, as a share of what the best gains over
-    the mean."""
+    """{name: regret} of the samplers on the trained checkpoint, with ns codes per image."""
     model, chunk = trained_model(args, device)
     losses = all_losses(model, *chunk[:2], model.sample_codes(chunk[2], ns))
     return {
@@ -164,7 +163,7 @@ def measure_regrets(args, samplers, device, ns):
 
 
 def trained_model(args, device):
-    """The checkpoint's model and a chunk of the data's images, evenly spaced."""
+    """The checkpoint's model, and a chunk of evenly spaced images of the data."""
     with naming("--checkpoint"):
         model = load_model(args.checkpoint).eval().to(device)
         if not model.code_dim:
@@ -180,7 +179,7 @@ def trained_model(args, device):
 
 
 def all_losses(model, images, mask_noise, codes):
-    """The losses (N, k) of codes (N, k, D) in float32, all tokens decoded, 16 codes at a time."""
+    """The losses (N, k) of codes (N, k, D) in float32, 16 codes at a time, all tokens decoded."""
     losses = []
     for part in codes.split(16, dim=1):
         pred, mask = model(images, mask_noise, part)
@@ -190,8 +189,8 @@ def all_losses(model, images, mask_noise, codes):
 
 @torch.no_grad()
 def regret(model, chunk, losses, sampler):
-    """(loss of the chosen codes - loss of the best) / (mean loss - loss of the best), each summed
-    over the images, in float32. losses (N, ns) of all codes."""
+    """Regret: (loss of the chosen codes - loss of the best) / (mean loss - loss of the best), each
+    summed over the images, in float32. losses (N, ns) of all codes."""
     images, mask_noise, _ = chunk
     chosen = all_losses(model, images, mask_noise, sampler()[:, None])[:, 0]
     best = losses.min(1).values

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing candidates interleaved, arithmetic, memory, tables."""
+"""Helpers of the benchmarks: timing candidates in turns, counting operations, memory, tables."""
 
 import ctypes
 import platform
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass
 class Table:
-    """Rows to print and to write: columns maps a row's keys to (heading, format)."""
+    """Rows to print and to write; columns: key of a row -> (heading, format)."""
 
     title: str
     columns: dict
@@ -23,8 +23,8 @@ class Table:
 
 
 def interleaved(candidates, repeats, device=None, warmup=1):
-    """The median seconds of each candidate, {name: callable}: all run in turn, `repeats` times
-    after `warmup` rounds that do not count, so that a machine's bad moments hit all alike."""
+    """The median seconds of each candidate in {name: callable}. The candidates run in turns, so
+    that a slow moment of the machine hits all alike: `warmup` rounds, then `repeats` timed ones."""
     seconds = {name: [] for name in candidates}
     for round_number in range(warmup + repeats):
         for name, candidate in candidates.items():
@@ -38,15 +38,15 @@ def interleaved(candidates, repeats, device=None, warmup=1):
 
 
 def flops(run):
-    """The floating-point operations of a call, of its matrix products and attention."""
+    """The floating-point operations of a call's matrix products and attention."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run()
     return counter.get_total_flops()
 
 
 def matmul(model, dtype, dim=None):
-    """The decoder's widest matrix product (another width's: dim), for the tokens of 32 completions,
-    16 times: a callable."""
+    """A callable that computes 16 times the decoder's widest matrix product for the tokens of 32
+    completions; dim: another width than the decoder's."""
     dim, device = dim or model.config.decoder_dim, model.pos_embed.device
     tokens = torch.randn(32 * model.pos_embed.shape[1], dim, device=device).to(dtype)
     weights = torch.randn(4 * dim, dim, device=device).to(dtype)
@@ -60,16 +60,16 @@ def matmul(model, dtype, dim=None):
 
 
 def added_memory(run, device):
-    """The most memory in GB that a call holds besides what was held before: on a GPU of torch's, on
-    Linux of the process; None elsewhere."""
+    """The peak memory in GB that a call adds: torch's on a GPU, the process's on Linux; None on
+    other systems."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**30
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        ctypes.CDLL(None).malloc_trim(0)  # gives freed memory back to the system
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except (OSError, AttributeError):
         return None
     before = process_memory("VmRSS")
@@ -85,12 +85,12 @@ def process_memory(name):
 
 
 def describe(device):
-    """A device in words."""
+    """The name of a device, for titles."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} threads of a {platform.machine()} CPU"
 
 
 def name_of(dtype):
-    """bfloat16 for torch.bfloat16."""
+    """The name of a torch.dtype: "bfloat16" for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")

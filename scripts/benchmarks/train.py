@@ -1,4 +1,4 @@
-"""a gradient step: the plain way, ours, and ours as a run does it, in mixed precision"""
+"""a gradient step: the plain way, ours in float32, and ours in a run's mixed precision"""
 
 import copy
 from functools import partial
@@ -26,17 +26,17 @@ COLUMNS = {
 
 
 def add_flags(parser):
-    """The benchmark's flags."""
+    """Adds the benchmark's flags."""
     add = parser.add_argument
     add("--arch", choices=PRESETS, default="vit_base", help="default: vit_base")
     add("--input_size", type=whole(1), default=224, metavar="PIXELS", help="side of the images")
-    add("--mini_bs", type=whole(1), metavar="IMAGES", help="default: CPU 8, GPU 64")
+    add("--mini_bs", type=whole(1), metavar="IMAGES", help="per step; default: CPU 8, GPU 64")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--repeats", type=whole(1), default=5, metavar="N", help="rounds that count")
+    add("--repeats", type=whole(1), default=5, metavar="N", help="rounds that are timed")
 
 
 def measure(args):
-    """Yields the Table of gradient steps, optimizer included, by random weights at --arch."""
+    """Yields the Table of gradient steps, optimizer included, with random weights of --arch."""
     device = torch.device(args.device)
     n = args.mini_bs or (8 if device.type == "cpu" else 64)
     model, (_, mask_noise, seeds) = random_model(args, n, device)
@@ -87,7 +87,7 @@ def plain_step(model, batch):
 
 
 def our_step(model, batch, device, dtype):
-    """train_step, as a run calls it."""
+    """One train_step of a run, as a callable."""
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     rates = {"mae": 1e-4, "z": 1e-4}
