@@ -3,11 +3,9 @@
 import contextlib
 import dataclasses
 import os
-import signal
 import sys
 from dataclasses import dataclass
-from functools import cache, cached_property
-from multiprocessing.util import Finalize
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from Augmentation import normalize
-from internals.processes import STOP_SIGNALS, end_workers
+from internals.processes import end_workers_at_exit, ignore_stop_signals
 from internals.stores import FolderImages, ImageError, LmdbImages, TarImages, check_decoder
 from Utils import (
     InputError,
@@ -210,20 +208,6 @@ class SeededImages(Dataset):
         return self.images.load(index), True  # none can be read: the error again
 
 
-def leave_signals(_):
-    """In a worker: to stop is the main process's business, also where a signal goes to all of a
-    job's processes."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@cache
-def end_workers_at_exit():
-    """Sees to it, once, that this process ends its workers before multiprocessing would: that
-    sends them SIGTERM and waits."""
-    Finalize(None, end_workers, exitpriority=10)
-
-
 class ImageLoader:
     """Loads images in chunks by worker processes, which live as long as the loader where
     `persistent`. timeout: seconds that a chunk may take; chunks end early once stopping()."""
@@ -252,7 +236,7 @@ class ImageLoader:
             timeout=timeout / 2 if num_workers else 0,
             # Not as the processes of a launch, whose every worker would import torch anew.
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
-            worker_init_fn=leave_signals,
+            worker_init_fn=ignore_stop_signals,
             generator=torch.Generator(),  # of its own: else each pass draws from the global one
         )
 

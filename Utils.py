@@ -180,7 +180,9 @@ def join_processes(devices):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # `launch` sets INIT_METHOD; without it, the processes meet at MASTER_ADDR:MASTER_PORT.
+        dist.init_process_group(backend, os.environ.get("INIT_METHOD"))
     return device
 
 
