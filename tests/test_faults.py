@@ -23,10 +23,12 @@ from conftest import (
     final_path,
     final_state,
     metrics,
+    random_batch,
     run_folder,
     step_options,
 )
 
+import Data
 import IO
 import TrainIMLE
 import Utils
@@ -82,7 +84,8 @@ def goes_on(save_folder, *flags):
 
 def faulty(fault, *flags, check=False, **environment):
     """The real command, after the Python code `fault` has changed its modules."""
-    code = f"import sys, os, signal, time, torch, IO, Models, TrainIMLE, Utils\n{fault}\n"
+    code = "import sys, os, signal, time, torch, Data, Models, TrainIMLE, Utils\n"
+    code += f"from internals import checkpoints, processes, runs\n{fault}\n"
     program = (sys.executable, "-c", code + "TrainIMLE.main(sys.argv[1:])")
     return command(*flags, program=program, check=check, **environment)
 
@@ -126,14 +129,49 @@ def test_a_stop_signal__saves_and_exits_0_or_130_for_SIGINT_and_goes_on_to_the_b
     assert_same_run(tiny_run, goes_on(tmp_path))
 
 
+def test_a_stop_inside_sampling__the_chunks_that_are_done_are_not_sampled_again(tiny_run, tmp_path):
+    stop = "lambda: os.kill(os.getpid(), signal.SIGTERM)"
+    fault = f"{NTH_CALL}\nnth_call(TrainIMLE, 'choose_codes', 5, {stop})"  # of 3 chunks an epoch
+    done = faulty(fault, *RUN, "--save_folder", tmp_path, check=True)
+    assert "stopped after step 4" in done.stdout
+    codes = final_state(run_folder(tmp_path))["progress"]["codes"]
+    assert (codes >= 0).sum() == 32 and (codes == -1).sum() == 8
+    fault = f"{NTH_CALL}\nnth_call(TrainIMLE, 'choose_codes', 2, {stop})"  # one chunk is left
+    done = faulty(fault, *RUN, "--save_folder", tmp_path, check=True)
+    assert "going on after step 4" in done.stdout and "done: " in done.stdout
+    assert_same_run(tiny_run, run_folder(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_stop_inside_sampling_of_two_processes__all_save_the_chunks_that_are_done(
+    tiny_run, tmp_path
+):
+    fault = f"{NTH_CALL}\nif os.environ.get('RANK') == '1':\n"
+    fault += "    nth_call(TrainIMLE, 'choose_codes', 2, lambda: os.kill(os.getpid(), 15))\n"
+    script = tmp_path / "faulty.py"
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport TrainIMLE\n{fault}\n"
+        "if __name__ == '__main__':\n    TrainIMLE.main(sys.argv[1:])\n"
+    )
+    flags = [*RUN, "--code_bs", 4, "--save_folder", tmp_path]
+    torchrun = ["torchrun", "--standalone", "--nproc_per_node", 2, script, *flags]
+    done = command(*torchrun[1:], program=torchrun[:1])
+    assert "stopped after step 0" in done.stdout
+    codes = final_state(run_folder(tmp_path))["progress"]["codes"]
+    assert (codes >= 0).sum() == 16  # two chunks of each process
+    assert_same_run(tiny_run, goes_on(tmp_path, "--code_bs", 4), tolerance=1e-5)
+
+
 @pytest.mark.parametrize(
     "place, step",
     [
-        ("TrainIMLE, 'choose_chunk_codes', 4", 4),  # of three chunks an epoch
+        ("TrainIMLE, 'choose_codes', 4", 4),  # of three chunks an epoch
         pytest.param("Validation, 'evaluate', 10", 4, marks=pytest.mark.slow),  # six a validation
         pytest.param("LinearProbe, 'nearest_neighbors', 4", 4, marks=pytest.mark.slow),
-        pytest.param("IO, 'draw_curves', 2", 3, marks=pytest.mark.slow),
-        pytest.param("IO, 'save_checkpoint', 3", 4, marks=pytest.mark.slow),
+        pytest.param("runs, 'draw_curves', 2", 3, marks=pytest.mark.slow),
+        pytest.param(
+            "checkpoints, 'save_checkpoint', 6", 4, marks=pytest.mark.slow
+        ),  # 3 in sampling
     ],
 )
 def test_a_stop_inside_sampling_validation_or_a_save__goes_on_to_the_bit(
@@ -149,8 +187,9 @@ def test_a_stop_inside_sampling_validation_or_a_save__goes_on_to_the_bit(
 
 
 def test_a_second_SIGTERM__ends_a_run_that_hangs_at_once(tmp_path):
-    fault = "IO.save_checkpoint = lambda *_: time.sleep(100)\n"
-    code = f"import IO, TrainIMLE, time, sys\n{fault}TrainIMLE.main(sys.argv[1:])"
+    fault = "checkpoints.save_checkpoint = lambda *_: time.sleep(100)\n"
+    code = f"import TrainIMLE, time, sys\nfrom internals import checkpoints\n{fault}"
+    code += "TrainIMLE.main(sys.argv[1:])"
     process = start(RUN, tmp_path, ("-c", code))
     wait_for(process, "step 0:")
     process.send_signal(signal.SIGTERM)
@@ -162,8 +201,8 @@ def test_a_second_SIGTERM__ends_a_run_that_hangs_at_once(tmp_path):
 
 
 def test_a_run_that_is_too_slow_to_stop__is_ended_after_a_deadline(tmp_path):
-    fault = "Utils.StopSignal.__init__.__defaults__ = (1.0,)\n"
-    fault += "IO.save_checkpoint = lambda *_: (os.kill(os.getpid(), 15), time.sleep(100))"
+    fault = "processes.StopSignal.__init__.__defaults__ = (1.0,)\n"
+    fault += "checkpoints.save_checkpoint = lambda *_: (os.kill(os.getpid(), 15), time.sleep(100))"
     done = faulty(fault, *RUN, "--save_minutes", 0, "--save_folder", tmp_path)
     assert done.returncode == 1 and "Timeout (0:00:01)!" in done.stderr
     assert "save_checkpoint" in done.stderr or "<lambda>" in done.stderr, "where it hangs"
@@ -383,7 +422,7 @@ class Full:
 def opened(path, *args, **options):
     file = open(path, *args, **options)
     return Full(file) if str(path).endswith("metrics.jsonl") else file
-IO.open = opened
+runs.open = opened
 """
     done = faulty(fault, *RUN, "--save_folder", tmp_path, check=True)
     assert done.stdout.count("metrics and pictures wait in memory") == 2
@@ -517,6 +556,32 @@ def test_another_architecture__is_refused_with_the_difference_even_by_force(copi
         assert len(done.stderr.splitlines()) == 1
 
 
+def as_version_0_1_saved(content, model):
+    """A checkpoint's content as version 0.1.0 saved it: the codes themselves, lists of losses."""
+    progress, n = dict(content["progress"]), content["progress"]["epoch_step"]
+    totals, counts = progress.pop("totals"), progress.pop("counts")
+    for name in ("epoch_step", "code_losses"):
+        del progress[name]
+    pool = Data.draw_pool(
+        Data.open_images(ROOT / TINY[1]), 40, progress["epoch"], n_patches=49, seed=0
+    )
+    progress["codes"] = model.numbered_codes(pool.seeds, progress["codes"][:, None])[:, 0]
+    progress["sampled"] = progress.pop("epoch_metrics")
+    progress["losses"] = [totals["pretrain/loss_tr"], *[0.0] * (n - 1)]
+    progress["norms"] = [totals["pretrain/grad_norm"], *[0.0] * (n - 1)]
+    assert counts["pretrain/grad_norm"] == n
+    return {**content, "progress": progress}
+
+
+def test_a_checkpoint_of_version_0_1__goes_on_inside_its_epoch_to_the_bit(tiny_run, tmp_path):
+    assert stopped_run(tmp_path, "step 2:", signal.SIGTERM) == 0
+    path = final_path(run_folder(tmp_path))
+    content = final_state(run_folder(tmp_path))
+    assert 0 < content["progress"]["epoch_step"] < 4
+    checkpoints.save_checkpoint(path, as_version_0_1_saved(content, IO.load_model(path)))
+    assert_same_run(tiny_run, goes_on(tmp_path))
+
+
 def test_other_training_flags__are_shown_and_need_force_resume(copied):
     folder = run_folder(copied)
     changed = ["--wd", 0.5, "--ipe", 5, "--ex_per_epoch", 30, "--epochs", 3, "--num_workers", 1]
@@ -553,23 +618,6 @@ def test_a_loss_that_is_no_number__no_update_the_images_named_and_it_goes_on_fro
     assert_same_run(tiny_run, goes_on(tmp_path))
 
 
-class TwoImages:
-    """A minibatch of two random images."""
-
-    step = 7
-
-    def split(self, _):
-        return [self]
-
-    def to(self, _):
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(2, 3, 28, 28, generator=generator)
-        return images, torch.rand(2, 49, generator=generator), torch.zeros(2, 1, 32)
-
-    def names(self):
-        return ["one.png", "two.png"]
-
-
 def broken_model(value):
     """A model one of whose gradients is `value` throughout."""
     model = IO.load_model(ROOT / "demo/imle_mnist.pt")
@@ -581,27 +629,25 @@ def broken_model(value):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_gradients_that_are_not_finite__no_update_and_the_images_named(value, clip_grad):
     model, before = broken_model(value)
-    rates, options = (
-        {"mae": 1e-3, "z": 1e-3},
-        step_options(model, batch_size=2, clip_grad=clip_grad),
-    )
+    options = step_options(model, images_per_step=2, clip_grad=clip_grad)
     with pytest.raises(RunError, match="after 7 gradient steps the training gradient's norm is"):
-        TrainIMLE.train_step(model, TwoImages(), rates, **options)
-    with pytest.raises(RunError, match="two.png"):
-        TrainIMLE.train_step(model, TwoImages(), rates, **options)
+        TrainIMLE.train_step(model, random_batch(2), **options)
+    with pytest.raises(RunError, match="1.png"):
+        TrainIMLE.train_step(model, random_batch(2), **options)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 def test_overflow_in_float16__such_steps_are_left_out_counted_and_bounded():
     model, before = broken_model(float("inf"))
     scaler = torch.amp.GradScaler("cpu", enabled=True)
-    rates, options = {"mae": 1e-3, "z": 1e-3}, step_options(model, batch_size=2, scaler=scaler)
+    options = step_options(model, images_per_step=2, scaler=scaler)
     progress, scale = TrainIMLE.Progress(), scaler.get_scale()
     with pytest.raises(RunError, match="norm is"):
         for _ in range(100):
-            progress.step_done(*TrainIMLE.train_step(model, TwoImages(), rates, **options))
+            progress.step_done(TrainIMLE.train_step(model, random_batch(2), **options))
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert progress.summary()["pretrain/skipped_steps"] == progress.step == 20
+    metrics, _ = TrainIMLE.end_epoch(progress, options["rates"])
+    assert metrics["pretrain/skipped_steps"] == progress.step == 20
     assert scaler.get_scale() == TrainIMLE.LEAST_SCALE == scale / 2**20
 
 
