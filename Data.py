@@ -13,7 +13,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from Augmentation import normalize
 from internals.processes import end_workers_at_exit, ignore_stop_signals
 from internals.stores import FolderImages, ImageError, LmdbImages, TarImages, check_decoder
 from Utils import (
