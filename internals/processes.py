@@ -35,7 +35,7 @@ class Stopped(Exception):
 
 class StopSignal:
     """Inside `with`, a stop signal asks the run to save and end. The same signal again ends the
-    process at once; so does a run that has not ended `deadline` seconds later."""
+    process at once. A process that has not ended `deadline` seconds later is ended, too."""
 
     def __init__(self, deadline=300.0):
         self.deadline, self.signal = deadline, 0
@@ -138,7 +138,8 @@ def run_child(number, world_size, rendezvous_file, error_lock, function, args):
 
 
 def end_with_parent():
-    """Ends this process as soon as the launching process has ended (killed, for example)."""
+    """Ends this process as soon as the launching process has ended, for example by SIGKILL. Our own
+    code, as torch does so on Linux only, by a SIGINT that a process may not be able to handle."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
