@@ -95,12 +95,9 @@ def run(args, training):
 
 
 def check_training(training, gpus_per_node, n_tasks):
-    """The training's flags, as given and resolved. Raises InputError for flags that do not work in
-    a job that is requeued."""
+    """The training's flags, as given and resolved. Raises InputError for flags unfit for chunks."""
     if "--resume" in {word.split("=")[0] for word in training}:
-        raise InputError(
-            "--resume: every chunk would restart from it; give that run's --uid instead"
-        )
+        raise InputError("--resume: every chunk would restart from it; give --uid instead")
     given = training_parser().parse_args(training)
     if given.gpus not in (None, ["cpu"]):
         raise InputError("--gpus: leave it out; srun starts one process per GPU")
