@@ -2,12 +2,10 @@
 
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
-from multiprocessing.util import Finalize
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from internals.processes import STOP_SIGNALS, end_workers
+from internals.processes import end_workers_at_exit, ignore_stop_signals
 from internals.stores import FolderImages, ImageError, LmdbImages, TarImages, check_decoder
 from Utils import (
     InputError,
@@ -221,20 +219,6 @@ class SeededImages(Dataset):
         return self.images.load(index), True  # the whole class is damaged: raises the error again
 
 
-def leave_signals(_):
-    """In a worker: to stop is the main process's business, also where a signal goes to all of a
-    job's processes."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@cache
-def end_workers_at_exit():
-    """Sees to it, once, that this process ends its workers before multiprocessing would: that
-    sends them SIGTERM and waits."""
-    Finalize(None, end_workers, exitpriority=10)
-
-
 class Requests:
     """The batches that the workers are to load: an iterable of lists of (index, seed)."""
 
@@ -273,7 +257,7 @@ class ImageLoader:
             timeout=timeout / 2 if num_workers else 0,
             # A launched process would else spawn its workers, and each would import torch again.
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
-            worker_init_fn=leave_signals,
+            worker_init_fn=ignore_stop_signals,
             generator=torch.Generator(),  # its own: else each pass draws from the global generator
         )
 

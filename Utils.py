@@ -1,5 +1,5 @@
-"""Small things that everything rests on: seeded random numbers, the learning-rate schedule, devices
-and processes."""
+"""Helpers for all modules: errors, seeded random numbers, the learning-rate schedule, devices and
+processes, printing, writing files."""
 
 import contextlib
 import errno
@@ -20,13 +20,13 @@ GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, as a signed 64-bit n
 
 
 class InputError(Exception):
-    """A mistake in what the user gave. Its message is one line, with which the command ends (exit
-    status 2)."""
+    """Bad input from the user. Its message is one line: the command prints it and ends with exit
+    status 2."""
 
 
 @contextlib.contextmanager
 def naming(flag):
-    """Puts a flag's name in front of an InputError from inside."""
+    """Inside `with`, adds a flag's name to the front of an InputError's message."""
     try:
         yield
     except InputError as error:
@@ -34,30 +34,30 @@ def naming(flag):
 
 
 class RunError(Exception):
-    """A run that can't go on; its message says why."""
+    """The run can't go on. Its message says why: the command prints it and ends with status 1."""
 
 
 class Stream(IntEnum):
-    """What random numbers are for: each purpose draws from a stream of its own."""
+    """The purposes of random numbers. Each purpose has its own stream of random numbers."""
 
     POOL, MINIBATCH, IMAGE, MASK, CODE, EVALUATION, FEW_SHOT, PROBE = range(8)
 
 
 # -------------------------------------------------------------------------------------------------
-# Random numbers as a pure function of seeds: the same on every device, for every number of workers
-# and processes.
+# Random numbers as pure functions of seeds: they do not depend on the device or on the number of
+# workers and processes.
 
 
 def splitmix(x):
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): int64 tensor -> int64 tensor, well
-    mixed."""
+    """Mixes the bits of an int64 tensor: the finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
     x = (x ^ (x >> 30 & 2**34 - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
     x = (x ^ (x >> 27 & 2**37 - 1)) * (0x94D049BB133111EB - 2**64)
     return x ^ (x >> 31 & 2**33 - 1)
 
 
 def mix_seeds(*parts):
-    """One int64 seed from integers or int64 tensors, which broadcast; their order matters."""
+    """Combines integers or int64 tensors, which broadcast, into one int64 seed. The order of the
+    parts matters."""
     seed = torch.zeros((), dtype=torch.int64)
     for part in parts:
         seed = splitmix((seed ^ part) + GOLDEN)
@@ -65,19 +65,20 @@ def mix_seeds(*parts):
 
 
 def random_bits(seeds, counters):
-    """The random 64 bits with these numbers, from 0, of each seed's sequence: int64 tensors that
-    broadcast -> int64."""
+    """Element number `counters` (from 0) of each seed's sequence of random int64 numbers. Both are
+    int64 tensors, which broadcast."""
     return splitmix(seeds + (counters + 1) * GOLDEN)
 
 
 def random_uniform(seeds, n):
-    """seeds (N,) int64 -> float32 (N, n) in [0, 1)."""
+    """n random numbers in [0, 1) per seed: seeds (N,) int64 -> float32 (N, n)."""
     bits = random_bits(seeds[:, None], torch.arange(n, device=seeds.device))
     return (bits >> 40 & 2**24 - 1).float() * 2**-24
 
 
 def random_normal(seeds, counters):
-    """Standard normal numbers, float32, by random_bits of seeds and counters (Box-Muller)."""
+    """Random numbers from the standard normal distribution, float32 (Box-Muller). The arguments are
+    those of random_bits."""
     bits = random_bits(seeds, counters)
     radius = ((bits >> 32 & 2**32 - 1) + 1).float().mul_(2**-32).log_().mul_(-2).sqrt_()
     angle = (bits & 2**32 - 1).float().mul_(2 * math.pi * 2**-32)
@@ -85,13 +86,13 @@ def random_normal(seeds, counters):
 
 
 def permutation(n, seed):
-    """A random order of range(n), int64 on the CPU, a pure function of the seed."""
+    """A random order of range(n): int64 (n,) on the CPU. A pure function of the seed."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(int(seed)))
 
 
 @contextlib.contextmanager
 def seeded(seed):
-    """Code inside draws from torch's CPU generator as seeded here; the generator's state comes back
+    """Inside `with`, torch's CPU generator starts from this seed. Its previous state is restored
     afterwards."""
     state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(int(seed))
@@ -102,12 +103,13 @@ def seeded(seed):
 
 
 # -------------------------------------------------------------------------------------------------
+# The learning-rate schedule.
 
 
 def learning_rate(step, *, base, minimum, start, ramp, total, cycles=0):
-    """The rate for gradient step `step` (from 0): 0 before `start`, then a linear ramp of `ramp`
-    steps up to `base`, then `cycles` equal cosine cycles down to `minimum` that end at `total`, or
-    `base` throughout where cycles is 0."""
+    """The learning rate for gradient step `step` (from 0). It is 0 before step `start`, then rises
+    linearly to `base` for `ramp` steps. Then follow `cycles` cosine cycles of equal length, each
+    from `base` down to `minimum`, until step `total`; with cycles 0 the rate stays at `base`."""
     step = step - start
     if step < 0:
         return 0.0
@@ -120,13 +122,11 @@ def learning_rate(step, *, base, minimum, start, ramp, total, cycles=0):
 
 
 # -------------------------------------------------------------------------------------------------
-# Devices and processes. Without a process group everything here does the natural thing for one
-# process.
+# Devices and processes. Without a process group, these functions treat the program as one process.
 
 
 def fastest_dtype(device):
-    """The lowest precision that the device computes natively, by its type: bfloat16, float16 or
-    float32."""
+    """The shortest float type that the device computes natively: bfloat16, float16 or float32."""
     if device.type == "cuda":
         return (
             torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
@@ -137,28 +137,28 @@ def fastest_dtype(device):
 
 
 def choose_dtype(name, device):
-    """--sample_dtype as a torch.dtype, for a device."""
+    """The torch.dtype for a value of --sample_dtype: "auto" means the device's fastest."""
     return fastest_dtype(device) if name == "auto" else getattr(torch, name)
 
 
 def autocast(device, dtype):
-    """Mixed precision in `dtype` on `device`; nothing at all for float32."""
+    """A context of mixed precision in `dtype`; without effect for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def rank():
-    """This process's number among all."""
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
-    """How many processes train together."""
+    """The number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def sum_over_processes(*tensors):
-    """Adds up each tensor over all processes, in place. Where every process fills rows of its own
-    and the others hold zeros, this is an exact gather."""
+    """Sums each tensor over all processes, in place. An exact gather, if each row is non-zero on at
+    most one process."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -172,7 +172,7 @@ def max_over_processes(*tensors):
 
 
 def from_first_process(value):
-    """The value that the first process has."""
+    """Returns the first process's value on all processes."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values)
@@ -180,24 +180,26 @@ def from_first_process(value):
 
 
 def join_processes(devices):
-    """Joins the process group that the launcher prepared in the environment; the device of this
-    process, which is devices[its number on this machine]."""
+    """Joins the process group that the launcher described in environment variables. Returns this
+    process's device: devices[LOCAL_RANK]."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(devices[local_rank % len(devices)])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # `launch` sets INIT_METHOD; without it, the processes meet at MASTER_ADDR:MASTER_PORT.
+        dist.init_process_group(backend, os.environ.get("INIT_METHOD"))
     return device
 
 
 # -------------------------------------------------------------------------------------------------
-# Lines for people, and files.
+# Printing, and writing files.
 
 
 def say(text):
-    """Prints a line on the first process, above any progress bar. Whether it can be printed, on a
-    full disk or to a terminal that is gone, is nothing to the run."""
+    """Prints a line on the first process, above any progress bar. Ignores a failure to print (full
+    disk, closed terminal), so that the run goes on."""
     if rank() == 0:
         with contextlib.suppress(OSError):
             tqdm.write(str(text), file=sys.stdout)
@@ -205,7 +207,7 @@ def say(text):
 
 
 def flush_output():
-    """Lets standard output go where it can go; what nobody can read any more is dropped."""
+    """Flushes standard output. If its reader has gone, sends all further output to /dev/null."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -214,7 +216,8 @@ def flush_output():
 
 
 def write_atomically(path, content):
-    """Writes bytes, or what `content(file)` writes: all of it or, whatever happens, nothing."""
+    """Writes a file completely or not at all. content: bytes, or a function content(file) that
+    writes them."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -228,15 +231,15 @@ def write_atomically(path, content):
 
 
 def watch(items, description, total, unit="images", after_each=None):
-    """Passes items on, with a progress bar: chunks (rows, images), of which images are counted, or,
-    for another unit, anything, counted by one. Each time that one is dealt with, calls
-    after_each(start time, number done by this process)."""
+    """Yields items and shows a progress bar. With unit "images", items are pairs (rows, images) and
+    the bar counts images; else the bar counts items. After each item, calls after_each(start time,
+    count of this process)."""
     shown = rank() == 0 and sys.stderr.isatty()
     bar = tqdm(desc=description, total=total, unit=f" {unit}", disable=not shown, leave=False)
     start, done = None, 0
     with bar:
         for item in items:
-            start = start or time.perf_counter()  # the loader's workers have started
+            start = start or time.perf_counter()  # without the time that the workers take to start
             yield item
             number = len(item[1]) if unit == "images" else 1
             bar.update(number * world_size() if unit == "images" else number)
@@ -246,8 +249,8 @@ def watch(items, description, total, unit="images", after_each=None):
 
 
 class Forecast:
-    """Says once, after the first chunk of sampling (and a second, to be past the start-up), how
-    long the run's sampling will take and what memory it holds."""
+    """Prints once how long the run's sampling will take and how much memory it uses. For `watch`,
+    as after_each: prints at the first chunk that ends after one second."""
 
     def __init__(self, device, images_left):
         self.device, self.images_left = device, images_left
@@ -266,15 +269,15 @@ class Forecast:
 
 
 def memory(device):
-    """The most memory that this process has held, as text."""
+    """The peak memory of this process, as text."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GB on the GPU"
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, else KB
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS reports bytes, Linux KB
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GB"
 
 
 def duration(seconds):
-    """Seconds as 12 s, 3 min 05 s, 2 h 07 min."""
+    """Formats seconds: 12 s, 3 min 05 s, 2 h 07 min."""
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
@@ -283,5 +286,5 @@ def duration(seconds):
 
 
 def first_line(error):
-    """An error's message, cut to one line."""
+    """The first line of an error's message, at most 200 characters."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -2,66 +2,63 @@
 
 import contextlib
 import faulthandler
-import logging
 import multiprocessing
 import os
 import re
-import secrets
 import signal
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from functools import partial
-from multiprocessing import resource_tracker
+from functools import cache
+from multiprocessing.util import Finalize
 
 import torch
+from torch.multiprocessing import ProcessExitedException, start_processes
 from tqdm import tqdm
 
 from Utils import InputError, RunError, flush_output, rank, say, sum_over_processes
 
+# SLURM sends SIGUSR2 (we ask it to) before the time limit; a terminal that closes sends SIGHUP.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+STOPPING = b"asked to stop: saving, so that the run can go on later (a second signal ends it now)\n"
+
 
 class Stopped(Exception):
-    """The run was asked to stop. status: what the program exits with, 130 after SIGINT, else 0."""
+    """The run was asked to stop. status: the program's exit status, 130 after SIGINT, else 0."""
 
     def __init__(self, message, status):
         super().__init__(message)
         self.status = status
 
 
-# SIGUSR2 as SLURM is asked to; SIGHUP of a terminal that is closed.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
-STOPPING = b"asked to stop: saving where the run can go on from (ask again: at once)\n"
-
-
 class StopSignal:
-    """Inside `with`, a signal asks the run to stop where it can go on from; the same one again, or
-    `deadline` seconds without an end, ends the process at once."""
+    """Inside `with`, a stop signal asks the run to save and end. The same signal again ends the
+    process at once. A process that has not ended `deadline` seconds later is ended, too."""
 
     def __init__(self, deadline=300.0):
         self.deadline, self.signal = deadline, 0
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.note) for number in heard()}
+        self.handlers_before = {n: signal.signal(n, self.handle) for n in signals_to_handle()}
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():
+        for number, handler in self.handlers_before.items():
             signal.signal(number, handler)
         faulthandler.cancel_dump_traceback_later()
 
-    def note(self, number, _):
-        """The handler."""
+    def handle(self, number, _):
+        """The signal handler."""
         if not self.signal:
-            self.signal, self.since = number, time.monotonic()
-            # Whatever hangs then: it says where, and ends the process.
+            self.signal, self.time = number, time.monotonic()
+            # At the deadline, prints where the process hangs and ends it.
             faulthandler.dump_traceback_later(self.deadline, exit=True)
             if rank() == 0 and multiprocessing.parent_process() is None:
-                with contextlib.suppress(OSError):  # Ctrl-C ends a `| tee`, too
-                    os.write(1, STOPPING)  # which is safe in a handler
-        elif number == self.signal and time.monotonic() - self.since > 1:
-            # Within a second it is the same request, sent to a group and passed on by its parent.
+                announce_stop()
+        elif number == self.signal and time.monotonic() - self.time > 1:
+            # Within one second it is the same request: sent to all processes, and forwarded, too.
             with contextlib.suppress(OSError):
                 os.write(2, b"error: asked to stop again: ended without saving\n")
             os._exit(128 + number)
@@ -71,134 +68,137 @@ class StopSignal:
         return self.signal != 0
 
     def check(self):
-        """Raises Stopped on all processes, which must call it together, where one was asked to
-        stop."""
+        """Raises Stopped on all processes if any process was asked to stop. All processes must
+        call this together."""
         asked = torch.tensor([self.asked(), self.signal == signal.SIGINT], dtype=torch.int32)
         sum_over_processes(asked)
         if asked[0]:
             raise Stopped("stopped", 130 if asked[1] else 0)
 
 
-def heard():
-    """The stop signals but for SIGHUP under nohup."""
-    left = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [number for number in STOP_SIGNALS if not (left and number == signal.SIGHUP)]
+def signals_to_handle():
+    """The stop signals; without SIGHUP under nohup, which makes processes ignore SIGHUP."""
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if not (nohup and number == signal.SIGHUP)]
 
 
-def launch(function, devices, *args):
-    """Runs function(*args) in one process per device, by torch's elastic launcher on this machine;
-    here and now for one device, or where another launcher (torchrun, srun) has started this
-    process."""
-    if len(devices) == 1 or "WORLD_SIZE" in os.environ:
-        return function(*args)
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=len(devices),
-        run_id=secrets.token_hex(4),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-        # A stop is passed on, and the processes take their time; the launcher gives them 30 s.
-        signals_to_handle="none",
-    )
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices))))
-    signals = heard()
-    for number in signals:
-        signal.signal(number, pass_on)
-    # The processes inherit this, so that a stop waits until they can deal with it.
-    resource_tracker.ensure_running()  # later, it would let the signals in again
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    threading.Thread(target=pass_all_on, args=[signals], daemon=True).start()
-    for name in ("distributed.elastic", "multiprocessing"):  # the processes speak for themselves
-        logging.getLogger(f"torch.{name}").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            elastic_launch(config, run_child)(function, os.getpid(), f"{folder}/said", *args)
-        except ChildFailedError as error:
-            number, failure = error.get_first_failure()
-            if failure.exitcode < 0:
-                killed = f"process {number} was ended by signal {-failure.exitcode}"
-                fail(f"{killed}; was it short of memory?", 128 - failure.exitcode)
-            sys.exit(failure.exitcode)
-
-
-def pass_on(number, _):
-    """Passes a signal on to the processes that this one has started."""
-    for child in multiprocessing.active_children():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child.pid, number)
-    with contextlib.suppress(OSError):
+def announce_stop():
+    """Tells the user that the run will stop. Uses os.write, which is safe in a signal handler."""
+    with contextlib.suppress(OSError):  # Ctrl-C may have ended the reader of our output, too
         os.write(1, STOPPING)
 
 
-def pass_all_on(signals):
-    """A thread that passes on these signals, which are blocked."""
-    while True:
-        number = signal.sigwait(signals)
-        while not multiprocessing.active_children():  # they are not started yet
-            time.sleep(0.1)
-        pass_on(number, None)
+# -------------------------------------------------------------------------------------------------
+# Several processes.
 
 
-def run_child(function, parent, said, *args):
-    """One process of several; the first that fails says why, by creating the file `said`."""
-    tqdm.set_lock(threading.RLock())  # its own, of multiprocessing, would be leaked by the _exit
-    threading.Thread(target=end_with, args=[parent], daemon=True).start()
-    try:
-        run_command(partial(unblocked, function, *args), said)
-    except SystemExit as ended:
-        if ended.code:  # at once: torch's wrapper waits for its agent, which waits for it
-            flush_output()
-            os._exit(ended.code)
+def launch(function, devices, *args):
+    """Runs function(*args) in one process per device of this machine. With one device, or under
+    another launcher (torchrun, srun), calls the function directly."""
+    if len(devices) == 1 or "WORLD_SIZE" in os.environ:
+        return function(*args)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices))))
+    # Made before the signals are blocked: it starts Python's resource tracker, which unblocks some.
+    error_lock = multiprocessing.get_context("spawn").Lock()
+    with tempfile.TemporaryDirectory() as folder:
+        # The new processes inherit the blocked signals. So a stop waits until run_command.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        child_args = (len(devices), f"{folder}/rendezvous", error_lock, function, args)
+        processes = start_processes(run_child, child_args, nprocs=len(devices), join=False)
+        for number in signals_to_handle():
+            signal.signal(number, forward)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        try:
+            # After a failure, the other processes get 10 s to end, then SIGTERM, then SIGKILL.
+            while not processes.join(grace_period=10):
+                pass
+        except ProcessExitedException as error:
+            if error.exit_code > 0:  # the process has said why
+                sys.exit(error.exit_code)
+            hint = "; was it short of memory?" if error.exit_code == -signal.SIGKILL else ""
+            killed = f"process {error.error_index} was ended by signal {-error.exit_code}{hint}"
+            fail(killed, 128 - error.exit_code)
 
 
-def unblocked(function, *args):
-    """function(*args), with the signals let in that `launch` has blocked."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    function(*args)
+def forward(number, _):
+    """The launching process's signal handler: forwards each stop signal to the processes."""
+    for child in multiprocessing.active_children():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, number)
+    announce_stop()
 
 
-def end_with(parent):
-    """Ends this process as soon as its parent is no more, killed, for example."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def run_child(number, world_size, rendezvous_file, error_lock, function, args):
+    """Runs function(*args) in process `number` of `launch`."""
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world_size)}
+    os.environ["INIT_METHOD"] = f"file://{rendezvous_file}?rank={number}&world_size={world_size}"
+    tqdm.set_lock(threading.RLock())  # tqdm's default lock is reported as leaked after a kill
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    run_command(lambda: function(*args), error_lock)
+
+
+def end_with_parent():
+    """Ends this process as soon as the launching process has ended, for example by SIGKILL. Our own
+    code, as torch does so on Linux only, by a SIGINT that a process may not be able to handle."""
+    multiprocessing.parent_process().join()
     os._exit(1)
 
 
-def run_command(command, said=None):
-    """Runs a program's function and turns its errors into a line and an exit status: 2 for bad
-    input, 1 for a run that can't go on, 130 for an interruption, 0 for a stop that was asked
-    for."""
+def ignore_stop_signals(_):
+    """A DataLoader's worker_init_fn. Workers ignore stop signals; the main process ends them."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@cache
+def end_workers_at_exit():
+    """Makes this process kill its workers when it exits. Python would send them SIGTERM, which they
+    ignore, and wait."""
+    Finalize(None, end_workers, exitpriority=10)
+
+
+def end_workers():
+    """Kills the loader workers of this process."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker is killed
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
+
+
+# -------------------------------------------------------------------------------------------------
+# Errors and exit statuses.
+
+
+def run_command(command, error_lock=None):
+    """Calls command() and turns its errors into one line and an exit status: 2 for bad input, 1 for
+    a run that can't go on, 130 after an interruption, 0 after a stop. error_lock: see fail."""
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # which `launch` has blocked
         command()
     except InputError as error:
-        # A loader's worker wraps the message in its traceback; it is the last line.
-        fail(str(error).strip().splitlines()[-1].split("ImageError: ")[-1], 2, said)
+        # From a loader worker, the message is the last line of a traceback.
+        fail(str(error).strip().splitlines()[-1].split("ImageError: ")[-1], 2, error_lock)
     except RunError as error:
-        fail(error, 1, said)
+        fail(error, 1, error_lock)
     except Stopped as stopped:
         say(stopped)
-        # Others end well: a launcher would end the first one, too, which has yet to close files.
+        # The first process still has files to close. A launcher would end it if another process
+        # ended with a non-zero status before.
         sys.exit(stopped.status if rank() == 0 else 0)
     except KeyboardInterrupt:
-        fail("interrupted", 130, said)
+        fail("interrupted", 130, error_lock)
     except Exception as error:
         if reason := explain(error):
-            fail(reason, 1, said)
-        if said is None:
+            fail(reason, 1, error_lock)
+        if error_lock is None:
             raise
-        fail(f"in process {rank()}\n{traceback.format_exc()}", 1, said)
+        fail(f"in process {rank()}\n{traceback.format_exc()}", 1, error_lock)
     finally:
         flush_output()
 
 
 def explain(error):
-    """One line about an error of torch that users meet; None for others."""
+    """One line for an error of torch that users may meet; None for any other error."""
     text = str(error).strip() or type(error).__name__
     first = text.splitlines()[0]
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
@@ -213,38 +213,29 @@ def explain(error):
     return None
 
 
-def fail(message, status, said=None):
-    """Ends the program with an error; where `said` is a path, only its first caller prints it."""
-    with contextlib.suppress(FileExistsError):
-        if said is not None:
-            os.close(os.open(said, os.O_CREAT | os.O_EXCL))
+def fail(message, status, error_lock=None):
+    """Prints an error and exits. error_lock: shared by the processes of `launch`; only the first
+    process that fails can acquire it, and only that one prints."""
+    if error_lock is None or error_lock.acquire(block=False):
         with contextlib.suppress(OSError):
             print(f"error: {message}", file=sys.stderr, flush=True)
-    end_workers()  # one that hangs would keep us from ending
+    end_workers()  # a worker that hangs would keep this process from ending
     sys.exit(status)
 
 
-def end_workers():
-    """Ends the loader workers of this process, which leave all gentler signals to it."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for workers that end
-    for worker in multiprocessing.active_children():
-        if worker.daemon:
-            worker.kill()
-
-
 def adopt_slurm_step():
-    """Describes this task of a SLURM step of several (`srun python ...`) as torchrun would, in the
-    environment. Leaves alone what torchrun started, a batch script, an interactive shell."""
+    """Sets the environment variables that torchrun would set, where `srun` has started this process
+    as one of several tasks. Changes nothing under torchrun, in a batch script or in a shell."""
     environment = os.environ
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    if tasks == "1" or "RANK" in environment or os.isatty(0):
+    n_tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if n_tasks == "1" or "RANK" in environment or os.isatty(0):
         return
-    # node[03-17,20],other -> node03: the step's first host, where its first task runs.
+    # The step's first host, where its first task runs: node[03-17,20],other -> node03.
     host = re.sub(r"\[(\w+)[^]]*\]", r"\1", environment["SLURM_STEP_NODELIST"]).split(",")[0]
     job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-    environment["WORLD_SIZE"] = tasks
+    environment["WORLD_SIZE"] = n_tasks
     environment.setdefault("MASTER_ADDR", host)
-    # Of its own for each step, below the ports that systems give away.
+    # Each step has its own port, below the ports that systems give to outgoing connections.
     environment.setdefault("MASTER_PORT", str(10000 + (100 * job + step) % 20000))

@@ -1,4 +1,4 @@
-"""Prints docs/faults.md, of the names of the tests in tests/test_faults.py."""
+"""Prints docs/faults.md: one row per test of tests/test_faults.py, made from the test's name."""
 
 import ast
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent.parent / "tests/test_faults.py"
 HEAD = """# Faults and what becomes of a run
 
-Each row is a test of tests/test_faults.py, which injects the fault, into the real command where
-that can be, and checks the outcome. `python scripts/fault_table.py > docs/faults.md` makes this
-page of their names.
+Each row is a test of tests/test_faults.py. The test injects the fault, mostly into the real
+command, and checks the outcome. `python scripts/fault_table.py > docs/faults.md` writes this page
+from the names of the tests.
 
 | fault | outcome |
 |---|---|"""

@@ -19,8 +19,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from Data import end_workers_at_exit, leave_signals, open_images
-from internals.processes import run_command
+from Data import open_images
+from internals.processes import end_workers_at_exit, ignore_stop_signals, run_command
 from internals.stores import SLACK, LmdbImages, TarImages, lmdb_head, lmdb_item
 from Utils import InputError, say
 
@@ -124,7 +124,7 @@ def encoded(images, size, num_workers):
         batch_size=BATCH,
         collate_fn=list,
         num_workers=num_workers,
-        worker_init_fn=leave_signals,
+        worker_init_fn=ignore_stop_signals,
     )
     with tqdm(total=len(images), desc="packing", unit=" images", disable=None) as bar:
         for batch in batches:

@@ -1,5 +1,5 @@
-"""Submits a training run to SLURM, which goes on in chunks of a limited time: fills
-slurm_template.sh, which is there to be edited for a cluster, and hands it to sbatch.
+"""Submits a training run to SLURM as a job that runs in chunks of limited time: fills in
+slurm_template.sh, which you may edit for your cluster, and passes the result to sbatch.
 
 python scripts/slurm_submit.py --time 3 --gpus_per_node 4 --chunks 8 -- FLAGS OF TrainIMLE.py"""
 
@@ -21,11 +21,11 @@ from Utils import InputError
 ROOT = Path(__file__).resolve().parent.parent
 
 TEMPLATE = Path(__file__).with_name("slurm_template.sh")
-STAGED = '"${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/imle-ssl-$SLURM_JOB_ID"'  # node-local, of this job
+STAGED = '"${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/imle-ssl-$SLURM_JOB_ID"'  # the node's own storage
 
 
 def submit_parser():
-    """The parser of this script's own flags, which stand in front of `--`."""
+    """The parser of this script's own flags, before `--`."""
     parser = Parser(
         prog="slurm_submit.py",
         usage="slurm_submit.py --time HOURS [flags] -- FLAGS OF TrainIMLE.py",
@@ -33,47 +33,47 @@ def submit_parser():
     )
     add = parser.add_argument
     # fmt: off
-    add("--time", type=real(1 / 60), required=True, metavar="HOURS", help="limit of one chunk")
-    add("--chunks", type=whole(1), default=1, metavar="N", help="runs of the job, at most")
+    add("--time", type=real(1 / 60), required=True, metavar="HOURS", help="time limit of one chunk")
+    add("--chunks", type=whole(1), default=1, metavar="N", help="the job runs at most N times")
     add("--stop_before", type=whole(1, 65535), default=300, metavar="SECONDS",
-        help="before the limit, when the run is asked to save and end")
-    add("--nodes", type=whole(1), default=1, metavar="N", help="nodes")
+        help="SLURM asks the run to save and end so long before the time limit")
+    add("--nodes", type=whole(1), default=1, metavar="N", help="number of nodes")
     add("--gpus_per_node", type=whole(0), default=1, metavar="N",
-        help="GPUs of each node, one process each; 0: one process per node, on its CPUs")
-    add("--cpus_per_task", type=whole(1), default=8, metavar="N", help="cores of each process")
-    add("--mem", metavar="SIZE", help="memory of each node, as 64G; default: the cluster's")
-    add("--account", metavar="NAME", help="that pays; default: yours")
-    add("--partition", metavar="NAME", help="default: the cluster's")
+        help="GPUs per node, with one process per GPU; 0: one process per node, on CPUs")
+    add("--cpus_per_task", type=whole(1), default=8, metavar="N", help="cores per process")
+    add("--mem", metavar="SIZE", help="memory per node, such as 64G; default: the cluster's")
+    add("--account", metavar="NAME", help="account to charge; default: yours")
+    add("--partition", metavar="NAME", help="partition to run in; default: the cluster's")
     add("--sbatch", nargs="+", default=[], metavar="NAME=VALUE",
-        help="more of sbatch's options, without their dashes, as constraint=a100 exclusive")
+        help="other sbatch options, without dashes, such as constraint=a100 exclusive")
     add("--stage", action="store_true",
-        help="copy the data to each node's own storage first: $SLURM_TMPDIR, $TMPDIR or /tmp")
-    add("--dry_run", action="store_true", help="print the batch script, submit nothing")
+        help="first copy the data to each node's own storage: $SLURM_TMPDIR, $TMPDIR or /tmp")
+    add("--dry_run", action="store_true", help="print the batch script; do not submit it")
     # fmt: on
     return parser
 
 
 def main(argv=None):
-    """Submits, or with --dry_run prints, the job that the command line describes."""
+    """Submits the job that the command line describes, or prints it with --dry_run."""
     argv = sys.argv[1:] if argv is None else argv
     parser = submit_parser()
     cut = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:cut])
     training = argv[cut + 1 :]
     if not training:
-        parser.error("the flags of TrainIMLE.py are missing; they stand behind `--`")
+        parser.error("the flags of TrainIMLE.py are missing; write them behind `--`")
     run_command(lambda: run(args, training))
 
 
 def run(args, training):
-    """Checks both halves of the command line, then submits or prints."""
+    """Checks the flags of both programs, then submits or prints the job."""
     if args.stop_before >= 3600 * args.time:
-        raise InputError(f"--stop_before {args.stop_before}: must be shorter than --time")
+        raise InputError(f"--stop_before {args.stop_before}: must be less than --time")
     tasks_per_node = max(1, args.gpus_per_node)
-    with contextlib.redirect_stdout(sys.stderr):  # notes: the script is what goes to stdout
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the batch script alone
         given, flags = check_training(training, args.gpus_per_node, args.nodes * tasks_per_node)
     if flags.wandb == "online":
-        print("note: --wandb offline, as nodes seldom have a network", file=sys.stderr)
+        print("note: --wandb offline, as nodes seldom have internet access", file=sys.stderr)
         training = [*training, "--wandb", "offline"]
     command = in_lines([sys.executable, str(ROOT / "TrainIMLE.py"), *training])
     script = fill(
@@ -95,12 +95,12 @@ def run(args, training):
 
 
 def check_training(training, gpus_per_node, n_tasks):
-    """The training's flags, as given and resolved; an InputError for what can't go on by itself."""
+    """The training's flags, as given and resolved. Raises InputError for flags unfit for chunks."""
     if "--resume" in {word.split("=")[0] for word in training}:
-        raise InputError("--resume: a chunk could not go on from it; give that run's flags and uid")
+        raise InputError("--resume: every chunk would restart from it; give --uid instead")
     given = training_parser().parse_args(training)
     if given.gpus not in (None, ["cpu"]):
-        raise InputError("--gpus: leave it out, srun starts a process per GPU")
+        raise InputError("--gpus: leave it out; srun starts one process per GPU")
     if given.gpus and gpus_per_node:
         raise InputError(f"--gpus cpu: needs --gpus_per_node 0, is {gpus_per_node}")
     flags = resolve_flags(given)
@@ -109,7 +109,7 @@ def check_training(training, gpus_per_node, n_tasks):
 
 
 def data_paths(flags):
-    """The data's absolute paths, as TrainIMLE.py looks for them below --staged."""
+    """The data's absolute paths; TrainIMLE.py looks for the same paths below --staged."""
     paths = [os.path.abspath(Path(path).expanduser()) for path in (flags.data_tr, flags.data_val)]
     for path in paths:
         if not os.path.exists(path):
@@ -118,13 +118,13 @@ def data_paths(flags):
 
 
 def hours_minutes_seconds(hours):
-    """Hours as sbatch takes a time."""
+    """Formats hours for sbatch: H:MM:SS."""
     minutes, seconds = divmod(round(3600 * hours), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def more_options(args):
-    """The lines of sbatch's options that are not in the template."""
+    """The #SBATCH lines for options that the template does not have."""
     options = {
         "gpus-per-node": args.gpus_per_node or None,
         "mem": args.mem,
@@ -136,26 +136,26 @@ def more_options(args):
 
 
 def in_lines(words):
-    """A shell command, a line for each of its flags."""
+    """A shell command of these words, with a new line for each flag."""
     breaks = [" \\\n        " if word.startswith("--") else " " for word in words]
     return "".join(map("{}{}".format, breaks, map(shlex.quote, words))).strip()
 
 
 def fill(template, **values):
-    """The template with each {{WORD}} replaced; an InputError for one that has no value."""
+    """The template with each {{WORD}} replaced. Raises InputError for a word without a value."""
 
     def value(match):
         if match[1].lower() not in values:
-            raise InputError(f"{TEMPLATE}: knows no {match[0]}")
+            raise InputError(f"{TEMPLATE}: {match[0]} has no value")
         return str(values[match[1].lower()])
 
     return re.sub(r"{{(\w+)}}", value, template)
 
 
 def submit(script, save_folder):
-    """Hands the script to sbatch, which keeps it; says where its output goes."""
+    """Submits the script by sbatch; prints where the job's output and run will be."""
     if shutil.which("sbatch") is None:
-        raise InputError("sbatch is not here: log in where it is, or see the script by --dry_run")
+        raise InputError("sbatch is not installed here; --dry_run prints the batch script")
     done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"sbatch: {done.stderr.strip().splitlines()[-1]}")

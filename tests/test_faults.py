@@ -254,6 +254,29 @@ def test_Ctrl_C_or_SIGTERM_to_all_processes_and_loader_workers__saves_without_a_
     assert final_state(run_folder(tmp_path))["progress"]["step"] < 8
 
 
+@LINUX
+@pytest.mark.slow
+def test_Ctrl_C_while_two_processes_start__all_end_with_one_line(tmp_path):
+    process = start([*RUN, "--processes", 2], tmp_path, start_new_session=True)
+    while len(rank_processes(process.pid)) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    status, _, errors = end(process)
+    assert (status, errors) == (130, "error: interrupted\n")
+
+
+@pytest.mark.slow
+def test_SIGHUP_to_all_processes_under_nohup__the_run_goes_on(tmp_path):
+    nohup = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    flags = [*RUN, "--num_workers", 1, "--processes", 2]
+    process = start(flags, tmp_path, start_new_session=True, **nohup)
+    wait_for(process, "step 2:")
+    os.killpg(process.pid, signal.SIGHUP)
+    status, said, errors = end(process)
+    assert status == 0 and "done: " in said and not errors
+
+
 @pytest.mark.slow
 def test_five_requeues_in_a_row__the_steps_go_on_and_the_end_is_the_same(tiny_run, tmp_path):
     for line in ("step 0:", "step 2:", "epoch 1/2:", "step 6:", "step 8:"):
@@ -757,6 +780,7 @@ def test_one_process_of_two_raises__all_end_within_30_seconds_and_its_traceback_
     fault = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
+import Data
 {NTH_CALL}
 def fault():
     if os.environ["RANK"] == "1":
