@@ -1,6 +1,7 @@
 """The flags of the programs: what they mean, their defaults and bounds, and what goes together."""
 
 import argparse
+import dataclasses
 import difflib
 import math
 import os
@@ -19,7 +20,7 @@ from internals.weights import (
     SOURCES,
     load_model,  # noqa: F401 (where users look for it)
 )
-from Models import ACTIVATIONS, DECODERS, INJECTIONS, PRESETS
+from Models import ACTIVATIONS, DECODERS, INJECTIONS, PRESETS, FieldError, ModelConfig
 from Utils import InputError, naming, say
 
 # -------------------------------------------------------------------------------------------------
@@ -306,12 +307,12 @@ def resolve_flags(args):
         flags.predict_ratio = 0.25 if args.decoder == "cross" else 1.0
     if args.tries == -1 and args.sampler == "surrogate":
         flags.tries = max(1, args.ns // 5)
-    pairs = [] if args.ignore_z else parse_ip_spec(args.ip_spec, preset)
-    flags.ip_spec = [str(word) for pair in pairs for word in pair]
+    words = [] if args.ignore_z else args.ip_spec or [str(preset.depth - 1), "adain"]
+    flags.ip_spec = [str(word) for pair in parse_ip_spec(words) for word in pair]
     flags.lr_z = args.lr if args.lr_z == -1 else args.lr_z
     flags.uid = args.uid or os.environ.get("SLURM_JOB_ID") or secrets.token_hex(4)
     resolve_shared_flags(flags)
-    check_flags(flags, preset.patch_size)
+    check_flags(flags)
     if args.sp > args.ns and not args.ignore_z:
         say(f"note: --sp {args.sp} is lowered to {args.ns}, as --ns")
         flags.sp = args.ns
@@ -320,13 +321,9 @@ def resolve_flags(args):
     return flags
 
 
-def check_flags(flags, patch_size):
+def check_flags(flags):
     """Refuses resolved flags that do not go together; the InputError says what is allowed."""
-    size = " ".join(map(str, flags.input_size))
-    if len(flags.input_size) != 2 or any(side % patch_size for side in flags.input_size):
-        wanted = f"one or two multiples of {patch_size}, the patch size of --arch {flags.arch}"
-        raise InputError(f"--input_size {size}: allowed are {wanted}")
-    n_patches = math.prod(flags.input_size) // patch_size**2
+    n_patches = math.prod(check_model(flags).grid)
     check_mask_ratio(flags.mask_ratio, n_patches)
     check_sampling(flags)
     if flags.predict_ratio < 1 and flags.decoder == "self":
@@ -501,25 +498,15 @@ def resolve_probe_flags(args, default):
     return flags
 
 
-def parse_ip_spec(words, preset):
-    """--ip_spec's words, checked, as [(place, method), ...] with whole-number places."""
-    words = words or [str(preset.depth - 1), "adain"]
-    shown = f"--ip_spec {' '.join(words)}"
-    n_places = preset.depth + preset.decoder_depth
+def parse_ip_spec(words):
+    """--ip_spec's words as ((place, method), ...), a block's place as a whole number."""
     if len(words) % 2:
-        raise InputError(f"{shown}: expected pairs PLACE METHOD, got {len(words)} words")
-    pairs = list(zip(words[::2], words[1::2], strict=True))
-    for place, method in pairs:
-        if method not in INJECTIONS:
-            raise InputError(
-                f"{shown}: unknown method {method}; allowed are {', '.join(INJECTIONS)}"
-            )
-        if place != "mask" and not (place.isdecimal() and int(place) < n_places):
-            raise InputError(f"{shown}: no place {place}; allowed are 0 to {n_places - 1} and mask")
-    pairs = [(place if place == "mask" else int(place), method) for place, method in pairs]
-    if len({place for place, _ in pairs}) < len(pairs):
-        raise InputError(f"{shown}: a place can be named once only")
-    return pairs
+        shown = f"expected pairs PLACE METHOD, got {len(words)} words"
+        raise InputError(f"--ip_spec {' '.join(words)}: {shown}")
+    return tuple(
+        (int(place) if place.isdecimal() else place, method)
+        for place, method in zip(words[::2], words[1::2], strict=True)
+    )
 
 
 def device_names(gpus, processes):
@@ -551,12 +538,26 @@ def device_names(gpus, processes):
 def model_fields(flags):
     """The fields of ModelConfig that resolved flags determine: all but norm_eps, which weights from
     elsewhere bring along."""
-    preset = PRESETS[flags.arch]
-    fields = {name: vars(flags).get(name, value) for name, value in vars(preset).items()}
+    fields = {**vars(PRESETS[flags.arch]), **vars(flags)}
     fields |= {
         "image_size": tuple(flags.input_size),
         "norm_pix_loss": bool(flags.norm_pix_loss),
-        "ip_spec": tuple(parse_ip_spec(flags.ip_spec, preset)) if flags.ip_spec else (),
+        "ip_spec": parse_ip_spec(flags.ip_spec),
     }
-    del fields["norm_eps"]
-    return fields
+    names = [field.name for field in dataclasses.fields(ModelConfig)]
+    return {name: fields[name] for name in names if name != "norm_eps"}
+
+
+FLAG_OF_FIELD = {"image_size": "input_size"}  # where the flag of a model's field has another name
+
+
+def check_model(flags):
+    """The ModelConfig of resolved flags; an InputError names the flag whose value no model can
+    have."""
+    try:
+        return ModelConfig(**model_fields(flags))
+    except FieldError as error:
+        flag = FLAG_OF_FIELD.get(error.field, error.field)
+        value = getattr(flags, flag)
+        shown = " ".join(map(str, value)) if isinstance(value, list) else value
+        raise InputError(f"--{flag} {shown}: {error.reason}") from None

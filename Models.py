@@ -5,6 +5,7 @@ Letters in shapes: N images, K codes per image, L patches, V visible and M maske
 T tokens, C channels, D numbers per code, P pixels along a patch."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,13 +19,28 @@ from timm.layers import Mlp, PatchEmbed, build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 
 from Augmentation import denormalize, normalize
-from Utils import Stream, mix_seeds, random_normal
+from Utils import InputError, Stream, mix_seeds, random_normal
+
+
+class FieldError(InputError):
+    """A field of ModelConfig has a value that no model can have; `reason` says what is allowed."""
+
+    def __init__(self, field, value, reason):
+        super().__init__(field, value, reason)
+        self.field, self.value, self.reason = field, value, reason
+
+    def __str__(self):
+        return f"{self.field} {self.value!r:.100}: {self.reason}"
+
+
+LARGEST_SIZE = 2**16  # of widths, depths and all other whole numbers in a config
+ADAIN_INITS = ("original", "identity")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and options of a model; saved in every checkpoint, so that the model can be built again
-    from it."""
+    """Sizes and options of a model, checked when made (FieldError). Every checkpoint holds its
+    model's config, so that the model can be built again."""
 
     image_size: tuple[int, int] = (224, 224)  # height, width
     patch_size: int = 16
@@ -34,18 +50,64 @@ class ModelConfig:
     decoder_dim: int = 512
     decoder_depth: int = 8
     decoder_num_heads: int = 16
-    decoder: str = "self"  # of DECODERS
-    norm_eps: float = 1e-6  # of every LayerNorm; other only in weights from elsewhere
-    # What the predictions are trained to be: patches normalised one by one, or raw pixels.
+    decoder: str = "self"  # a key of DECODERS
+    norm_eps: float = 1e-6  # of every LayerNorm; other values only in weights from elsewhere
+    # True: predicts patches normalised by their own mean and deviation; False: predicts pixels.
     norm_pix_loss: bool = True
-    # Pairs (place, method): encoder blocks 0..., decoder blocks from `depth` on, "mask".
+    # Pairs (place, method). Places: encoder blocks 0..., decoder blocks from `depth` on, "mask".
     ip_spec: tuple[tuple[int | str, str], ...] = ()
     latent_dim: int = 512
     mapping_net_layers: int = 8
     mapping_net_h_dim: int = 512
     mapping_net_lrmul: float = 0.01
-    act_type: str = "leakyrelu"
-    adain_init: str = "original"
+    act_type: str = "leakyrelu"  # a key of ACTIVATIONS
+    adain_init: str = "original"  # of ADAIN_INITS
+
+    def __post_init__(self):
+        for field, is_allowed, reason in self._rules():
+            if not is_allowed:
+                raise FieldError(field, getattr(self, field), reason)
+
+    def _rules(self):
+        """Yields (field, whether its value is allowed, what is allowed). Types are checked, too: a
+        config may come from a hostile file. A rule may rely on the rules above it."""
+        for field in dataclasses.fields(self):
+            if field.type is int:
+                value, reason = getattr(self, field.name), f"whole numbers from 1 to {LARGEST_SIZE}"
+                yield field.name, is_size(value), f"allowed are {reason}"
+        for field, heads in (("dim", self.num_heads), ("decoder_dim", self.decoder_num_heads)):
+            # A position embedding has four equal parts: sine and cosine of the row and the column.
+            is_allowed = getattr(self, field) % math.lcm(4, heads) == 0
+            reason = f"allowed are multiples of 4 and of the number of heads, {heads}"
+            yield field, is_allowed, reason
+        size, patch_size = self.image_size, self.patch_size
+        is_allowed = is_pair(size) and all(is_size(n) and n % patch_size == 0 for n in size)
+        reason = f"allowed are a height and a width, multiples of the patch size, {patch_size}"
+        yield "image_size", is_allowed, reason
+        is_allowed = type(self.norm_eps) is float and 0 < self.norm_eps < 1
+        yield "norm_eps", is_allowed, "allowed are numbers between 0 and 1"
+        yield "norm_pix_loss", type(self.norm_pix_loss) is bool, "allowed are True and False"
+        lrmul = self.mapping_net_lrmul
+        is_allowed = type(lrmul) in (int, float) and 0 < lrmul < math.inf
+        yield "mapping_net_lrmul", is_allowed, "allowed are finite numbers above 0"
+        options = {"decoder": DECODERS, "act_type": ACTIVATIONS, "adain_init": ADAIN_INITS}
+        for field, names in options.items():
+            yield field, getattr(self, field) in list(names), f"allowed are {', '.join(names)}"
+        yield from self._ip_spec_rules()
+
+    def _ip_spec_rules(self):
+        """The rules of `ip_spec`, as `_rules` yields them."""
+        pairs, last = self.ip_spec, self.depth + self.decoder_depth - 1
+        is_allowed = isinstance(pairs, (tuple, list)) and all(map(is_pair, pairs))
+        yield "ip_spec", is_allowed, "allowed are pairs (place, method)"
+        for place, method in pairs:
+            reason = f"unknown method {method!s:.40}; allowed are {', '.join(INJECTIONS)}"
+            yield "ip_spec", method in list(INJECTIONS), reason
+            is_allowed = place == "mask" or (type(place) is int and 0 <= place <= last)
+            reason = f"no place {place!s:.40}; allowed are 0 to {last} and mask"
+            yield "ip_spec", is_allowed, reason
+        is_allowed = len({place for place, _ in pairs}) == len(pairs)
+        yield "ip_spec", is_allowed, "a place can be named once only"
 
     @property
     def grid(self):
@@ -53,20 +115,14 @@ class ModelConfig:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
 
-# To add a size, add a row; --input_size gives the image size. The published MAEs share one decoder
-# (He et al. 2022, section 4); tiny and small are timm's widths.
-# fmt: off
-PRESETS = {
-    "vit_base": ModelConfig(),
-    "vit_base_vis": ModelConfig(norm_pix_loss=False),
-    "vit_large": ModelConfig(dim=1024, depth=24, num_heads=16),
-    "vit_huge": ModelConfig(patch_size=14, dim=1280, depth=32, num_heads=16),
-    "vit_tiny": ModelConfig(dim=192, num_heads=3),
-    "vit_small": ModelConfig(dim=384, num_heads=6),
-    "vit_demo": ModelConfig(patch_size=4, dim=128, depth=4, num_heads=4,
-                            decoder_dim=64, decoder_depth=2, decoder_num_heads=2),
-}
-# fmt: on
+def is_size(value):
+    """Whether a value is a whole number that a config allows."""
+    return type(value) is int and 1 <= value <= LARGEST_SIZE
+
+
+def is_pair(value):
+    """Whether a value is a tuple or list of two."""
+    return isinstance(value, (tuple, list)) and len(value) == 2
 
 
 # -------------------------------------------------------------------------------------------------
@@ -554,6 +610,22 @@ def sincos_position_embedding(grid, dim):
     )  # (L, dim) as sin(row), sin(column), cos(row), cos(column)
     x = x.unflatten(1, (2, 2, -1)).transpose(1, 2).flip(1).flatten(1)
     return F.pad(x, (0, 0, 1, 0))[None]
+
+
+# To add a size, add a row; --input_size gives the image size. The published MAEs share one decoder
+# (He et al. 2022, section 4); tiny and small are timm's widths.
+# fmt: off
+PRESETS = {
+    "vit_base": ModelConfig(),
+    "vit_base_vis": ModelConfig(norm_pix_loss=False),
+    "vit_large": ModelConfig(dim=1024, depth=24, num_heads=16),
+    "vit_huge": ModelConfig(patch_size=14, dim=1280, depth=32, num_heads=16),
+    "vit_tiny": ModelConfig(dim=192, num_heads=3),
+    "vit_small": ModelConfig(dim=384, num_heads=6),
+    "vit_demo": ModelConfig(patch_size=4, dim=128, depth=4, num_heads=4,
+                            decoder_dim=64, decoder_depth=2, decoder_num_heads=2),
+}
+# fmt: on
 
 
 def build(config):
