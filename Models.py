@@ -82,7 +82,7 @@ class ModelConfig:
             yield field, is_allowed, reason
         size, patch_size = self.image_size, self.patch_size
         is_allowed = is_pair(size) and all(is_size(n) and n % patch_size == 0 for n in size)
-        reason = f"allowed are a height and a width, multiples of the patch size, {patch_size}"
+        reason = f"allowed are a height and a width, multiples of {patch_size}, the patch size"
         yield "image_size", is_allowed, reason
         is_allowed = type(self.norm_eps) is float and 0 < self.norm_eps < 1
         yield "norm_eps", is_allowed, "allowed are numbers between 0 and 1"

@@ -1,5 +1,5 @@
-"""The encoders that probes take, from everywhere; the features that they give of images; how well the
-nearest neighbours among these features predict classes."""
+"""The encoders that probes take, from everywhere; their features of images; the accuracy of the
+nearest neighbours among these features."""
 
 import dataclasses
 import difflib

@@ -375,7 +375,7 @@ def check_architecture(weights_fields, overrides):
         if None not in (size, requested) and size != requested:
             arch = fitting_preset({n: weights_fields[n] for n in SIZES if n in weights_fields})
             hint = f"; they fit --arch {arch}" if arch else ""
-            raise InputError(f"its {name} is {size}, expected {requested}{hint}")
+            raise InputError(f"its {name} is {size}, expected was {requested}{hint}")
     decoder = weights_fields.get("decoder")
     if decoder and overrides.get("decoder", decoder) != decoder:
         raise InputError(
