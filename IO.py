@@ -20,7 +20,16 @@ from internals.weights import (
     SOURCES,
     load_model,  # noqa: F401 (where users look for it)
 )
-from Models import ACTIVATIONS, DECODERS, INJECTIONS, PRESETS, FieldError, ModelConfig
+from Models import (
+    ACTIVATIONS,
+    ADAIN_INITS,
+    DECODERS,
+    INJECTIONS,
+    LARGEST_SIZE,
+    PRESETS,
+    FieldError,
+    ModelConfig,
+)
 from Utils import InputError, naming, say
 
 WORKERS = min(
@@ -93,18 +102,18 @@ def model_flags(parser):
         help="Where and how codes are injected: pairs of a place and a method. Places: 0, 1, ... "
         "are the encoder blocks, the numbers after them the decoder blocks, `mask` is the mask "
         f"token. Methods: {', '.join(INJECTIONS)}; default: adain at the last encoder block.")
-    add("--latent_dim", type=whole(1, 2**16), default=512, metavar="NUMBERS",
+    add("--latent_dim", type=whole(1, LARGEST_SIZE), default=512, metavar="NUMBERS",
         help="Number of values in the latent code of an adain or local_adain injection.")
     add("--mapping_net_layers", type=whole(1, 64), default=8, metavar="N",
         help="Number of layers of the mapping network, which turns a code into shifts and scales.")
-    add("--mapping_net_h_dim", type=whole(1, 2**16), default=512, metavar="WIDTH",
+    add("--mapping_net_h_dim", type=whole(1, LARGEST_SIZE), default=512, metavar="WIDTH",
         help="Width of the hidden layers of the mapping network.")
     add("--mapping_net_lrmul", type=real(1e-6), metavar="X",
         help="Learning-rate multiplier of the mapping network, as in StyleGAN; default: 0.01, "
         "or 1 with --adain_init identity.")
     add("--act_type", choices=ACTIVATIONS, default="leakyrelu",
         help="Activation function of the mapping network.")
-    add("--adain_init", choices=("original", "identity"), default="original",
+    add("--adain_init", choices=ADAIN_INITS, default="original",
         help="Initial weights of the mapping network. original: random, as in StyleGAN; identity: "
         "the injection changes nothing at the first step, and learns faster.")
     add("--finetune", **SWITCH, default=1,
@@ -289,10 +298,14 @@ def changeable_flags(parser):
     return {action.dest for action in parser._actions if getattr(action, "changeable", False)}
 
 
+# Fields of ModelConfig whose flag has another name.
+FLAG_OF_FIELD = {"image_size": "input_size"}
+
+
 def architecture_flags(config_class=ModelConfig):
     """Names of the flags that determine the model: a run can never go on with another value."""
     fields = {field.name for field in dataclasses.fields(config_class)}
-    return fields - {"image_size"} | {"input_size", "arch", "ignore_z"}
+    return {FLAG_OF_FIELD.get(field, field) for field in fields} | {"arch", "ignore_z"}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -564,8 +577,8 @@ def resolve_probe_flags(args, default):
 def parse_ip_spec(words):
     """--ip_spec's words as ((place, method), ...), a block's place as a whole number."""
     if len(words) % 2:
-        shown = f"expected pairs PLACE METHOD, got {len(words)} words"
-        raise InputError(f"--ip_spec {' '.join(words)}: {shown}")
+        reason = f"expected pairs PLACE METHOD, got {len(words)} words"
+        raise InputError(f"--ip_spec {' '.join(words)}: {reason}")
     return tuple(
         (int(place) if place.isdecimal() else place, method)
         for place, method in zip(words[::2], words[1::2], strict=True)
@@ -611,16 +624,12 @@ def model_fields(flags):
     return {name: fields[name] for name in names if name != "norm_eps"}
 
 
-FLAG_OF_FIELD = {"image_size": "input_size"}  # where the flag of a model's field has another name
-
-
 def check_model(flags):
-    """The ModelConfig of resolved flags; an InputError names the flag whose value no model can
-    have."""
+    """The ModelConfig of resolved flags; an InputError names a flag whose value is not allowed."""
     try:
         return ModelConfig(**model_fields(flags))
     except FieldError as error:
         flag = FLAG_OF_FIELD.get(error.field, error.field)
         value = getattr(flags, flag)
-        shown = " ".join(map(str, value)) if isinstance(value, list) else value
-        raise InputError(f"--{flag} {shown}: {error.reason}") from None
+        words = value if isinstance(value, list) else [value]
+        raise InputError(f"--{flag} {' '.join(map(str, words))}: {error.reason}") from None

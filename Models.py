@@ -23,18 +23,15 @@ from Utils import InputError, Stream, mix_seeds, random_normal
 
 
 class FieldError(InputError):
-    """A field of ModelConfig has a value that no model can have; `reason` says what is allowed."""
+    """No model can have this value of a ModelConfig's field; `reason` says what is allowed."""
 
     def __init__(self, field, value, reason):
-        super().__init__(field, value, reason)
-        self.field, self.value, self.reason = field, value, reason
-
-    def __str__(self):
-        return f"{self.field} {self.value!r:.100}: {self.reason}"
+        super().__init__(f"{field} {value!r:.100}: {reason}")
+        self.field, self.reason = field, reason
 
 
-LARGEST_SIZE = 2**16  # of widths, depths and all other whole numbers in a config
 ADAIN_INITS = ("original", "identity")
+LARGEST_SIZE = 2**16  # the bound of all whole numbers in a config
 
 
 @dataclass(frozen=True)
@@ -61,53 +58,56 @@ class ModelConfig:
     mapping_net_h_dim: int = 512
     mapping_net_lrmul: float = 0.01
     act_type: str = "leakyrelu"  # a key of ACTIVATIONS
-    adain_init: str = "original"  # of ADAIN_INITS
+    adain_init: str = "original"  # one of ADAIN_INITS
 
     def __post_init__(self):
-        for field, is_allowed, reason in self._rules():
-            if not is_allowed:
-                raise FieldError(field, getattr(self, field), reason)
-
-    def _rules(self):
-        """Yields (field, whether its value is allowed, what is allowed). Types are checked, too: a
-        config may come from a hostile file. A rule may rely on the rules above it."""
-        for field in dataclasses.fields(self):
-            if field.type is int:
-                value, reason = getattr(self, field.name), f"whole numbers from 1 to {LARGEST_SIZE}"
-                yield field.name, is_size(value), f"allowed are {reason}"
-        for field, heads in (("dim", self.num_heads), ("decoder_dim", self.decoder_num_heads)):
-            # A position embedding has four equal parts: sine and cosine of the row and the column.
-            is_allowed = getattr(self, field) % math.lcm(4, heads) == 0
-            reason = f"allowed are multiples of 4 and of the number of heads, {heads}"
-            yield field, is_allowed, reason
-        size, patch_size = self.image_size, self.patch_size
-        is_allowed = is_pair(size) and all(is_size(n) and n % patch_size == 0 for n in size)
-        reason = f"allowed are a height and a width, multiples of {patch_size}, the patch size"
-        yield "image_size", is_allowed, reason
-        is_allowed = type(self.norm_eps) is float and 0 < self.norm_eps < 1
-        yield "norm_eps", is_allowed, "allowed are numbers between 0 and 1"
-        yield "norm_pix_loss", type(self.norm_pix_loss) is bool, "allowed are True and False"
+        """Checks types, too, as a config may come from a hostile file. A check may rely on the
+        checks before it."""
+        self._check_sizes()
         lrmul = self.mapping_net_lrmul
-        is_allowed = type(lrmul) in (int, float) and 0 < lrmul < math.inf
-        yield "mapping_net_lrmul", is_allowed, "allowed are finite numbers above 0"
+        is_positive = type(lrmul) in (int, float) and 0 < lrmul < math.inf
+        self._require("mapping_net_lrmul", is_positive, "allowed are finite numbers above 0")
+        is_share = type(self.norm_eps) is float and 0 < self.norm_eps < 1
+        self._require("norm_eps", is_share, "allowed are numbers between 0 and 1")
+        is_bool = type(self.norm_pix_loss) is bool
+        self._require("norm_pix_loss", is_bool, "allowed are True and False")
         options = {"decoder": DECODERS, "act_type": ACTIVATIONS, "adain_init": ADAIN_INITS}
         for field, names in options.items():
-            yield field, getattr(self, field) in list(names), f"allowed are {', '.join(names)}"
-        yield from self._ip_spec_rules()
+            is_named = getattr(self, field) in list(names)
+            self._require(field, is_named, f"allowed are {', '.join(names)}")
+        self._check_ip_spec()
 
-    def _ip_spec_rules(self):
-        """The rules of `ip_spec`, as `_rules` yields them."""
+    def _require(self, field, is_allowed, reason):
+        """Raises a FieldError unless the field's value is allowed."""
+        if not is_allowed:
+            raise FieldError(field, getattr(self, field), reason)
+
+    def _check_sizes(self):
+        for field in dataclasses.fields(self):
+            if field.type is int:
+                reason = f"allowed are whole numbers from 1 to {LARGEST_SIZE}"
+                self._require(field.name, is_size(getattr(self, field.name)), reason)
+        for field, heads in (("dim", self.num_heads), ("decoder_dim", self.decoder_num_heads)):
+            # 4: a position embedding is the sine and cosine of the row and of the column.
+            reason = f"allowed are multiples of 4 and of the number of heads, {heads}"
+            self._require(field, getattr(self, field) % math.lcm(4, heads) == 0, reason)
+        size, patch_size = self.image_size, self.patch_size
+        is_whole = is_pair(size) and all(is_size(side) and side % patch_size == 0 for side in size)
+        reason = f"allowed are a height and a width, multiples of {patch_size}, the patch size"
+        self._require("image_size", is_whole, reason)
+
+    def _check_ip_spec(self):
         pairs, last = self.ip_spec, self.depth + self.decoder_depth - 1
-        is_allowed = isinstance(pairs, (tuple, list)) and all(map(is_pair, pairs))
-        yield "ip_spec", is_allowed, "allowed are pairs (place, method)"
+        are_pairs = isinstance(pairs, (tuple, list)) and all(map(is_pair, pairs))
+        self._require("ip_spec", are_pairs, "allowed are pairs (place, method)")
         for place, method in pairs:
             reason = f"unknown method {method!s:.40}; allowed are {', '.join(INJECTIONS)}"
-            yield "ip_spec", method in list(INJECTIONS), reason
-            is_allowed = place == "mask" or (type(place) is int and 0 <= place <= last)
+            self._require("ip_spec", method in list(INJECTIONS), reason)
+            is_place = place == "mask" or (type(place) is int and 0 <= place <= last)
             reason = f"no place {place!s:.40}; allowed are 0 to {last} and mask"
-            yield "ip_spec", is_allowed, reason
-        is_allowed = len({place for place, _ in pairs}) == len(pairs)
-        yield "ip_spec", is_allowed, "a place can be named once only"
+            self._require("ip_spec", is_place, reason)
+        is_distinct = len({place for place, _ in pairs}) == len(pairs)
+        self._require("ip_spec", is_distinct, "a place can be named once only")
 
     @property
     def grid(self):
@@ -116,7 +116,7 @@ class ModelConfig:
 
 
 def is_size(value):
-    """Whether a value is a whole number that a config allows."""
+    """Whether a value is a whole number from 1 to LARGEST_SIZE."""
     return type(value) is int and 1 <= value <= LARGEST_SIZE
 
 
@@ -125,6 +125,7 @@ def is_pair(value):
     return isinstance(value, (tuple, list)) and len(value) == 2
 
 
+# -------------------------------------------------------------------------------------------------
 # Injection: how a code changes the tokens at a place of the network.
 
 ACTIVATIONS = {"leakyrelu": partial(nn.LeakyReLU, 0.2), "relu": nn.ReLU, "gelu": nn.GELU}
@@ -599,7 +600,7 @@ class ImplicitMAE(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------
-# Building models, and what training and pictures need of them.
+# Presets, building models, and what training and pictures need of models.
 
 
 def sincos_position_embedding(grid, dim):

@@ -47,10 +47,10 @@ SIZES = (  # the fields of ModelConfig that must be equal in weights and model
 
 
 def load_model(source, **overrides):
-    """An ImplicitMAE with weights from anywhere: a path, https://..., hf-hub:OWNER/NAME, gdrive:ID.
+    """An ImplicitMAE with weights from a path, https://..., hf-hub:OWNER/NAME or gdrive:ID.
 
-    `overrides` replace fields of its ModelConfig; an InputError where the weights do not fit them.
-    A missing decoder and missing injections start fresh, with a warning."""
+    `overrides` replace fields of the weights' ModelConfig; an InputError if the weights do not fit
+    them. A missing decoder and missing injections get fresh weights, with a warning."""
     path = fetch(source)
     try:
         state, config_fields = read_state(path)
@@ -76,8 +76,9 @@ def load_model(source, **overrides):
 
 
 def fetch(source, folder="mae_checkpoints"):
-    """The path of weights on this machine. Weights from elsewhere are downloaded to `folder` on
-    first use, by one process at a time; an InputError says where to put them by hand."""
+    """The path of a source's weights on this machine. Weights from elsewhere are downloaded to
+    `folder` on first use, by one process at a time; an InputError says where to put the file by
+    hand."""
     source = str(source)
     if source.startswith("hf-hub:"):
         return fetch_from_hub(source)
@@ -113,14 +114,14 @@ def cached_name(source):
 
 
 def download(source, path):
-    """Downloads the weights at an address or at gdrive:ID to `path`, with a progress bar; an
-    OSError, and no file, where they are not whole. Call it under a lock."""
+    """Downloads the weights at an address or at gdrive:ID to `path`, with a progress bar. An
+    incomplete file raises an OSError and is not kept. The caller holds a lock."""
     folder = path.with_name(f".{path.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
     folder.mkdir()
     default_timeout = socket.getdefaulttimeout()
     try:
-        socket.setdefaulttimeout(60)  # seconds; torch sets no limit
+        socket.setdefaulttimeout(60)  # seconds without data; torch.hub has no limit of its own
         partial, progress = folder / path.name, sys.stderr.isatty()
         if source.startswith("gdrive:"):
             download_from_drive(source.removeprefix("gdrive:"), partial, progress)
@@ -132,6 +133,8 @@ def download(source, path):
             raise OSError(
                 "the downloaded file is incomplete, damaged or holds no weights"
             ) from None
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())  # a power cut leaves the whole file, or none
         os.replace(partial, path)
     finally:
         socket.setdefaulttimeout(default_timeout)
