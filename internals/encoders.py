@@ -115,8 +115,8 @@ def load_foreign(library, name, trained, size, dtype):
             f"and give {source}=FILE, or take fresh ones by untrained:{source}"
         ) from None
     except Exception as error:  # a model that can't be built for this size can raise any error
-        shown = f" with --input_size {size[0]} {size[1]}" if size else ""
-        raise InputError(f"can't make {source}{shown}: {first_line(error)}") from None
+        size_flag = f" with --input_size {size[0]} {size[1]}" if size else ""
+        raise InputError(f"can't build {source}{size_flag}: {first_line(error)}") from None
 
 
 def load_from_timm(name, trained, path, size, dtype):
