@@ -20,7 +20,16 @@ from internals.weights import (
     SOURCES,
     load_model,  # noqa: F401 (where users look for it)
 )
-from Models import ACTIVATIONS, DECODERS, INJECTIONS, PRESETS, ModelConfig
+from Models import (
+    ACTIVATIONS,
+    ADAIN_INITS,
+    DECODERS,
+    INJECTIONS,
+    LARGEST_SIZE,
+    PRESETS,
+    FieldError,
+    ModelConfig,
+)
 from Utils import InputError, naming, say
 
 WORKERS = min(
@@ -93,18 +102,18 @@ def model_flags(parser):
         help="Where and how codes are injected: pairs of a place and a method. Places: 0, 1, ... "
         "are the encoder blocks, the numbers after them the decoder blocks, `mask` is the mask "
         f"token. Methods: {', '.join(INJECTIONS)}; default: adain at the last encoder block.")
-    add("--latent_dim", type=whole(1, 2**16), default=512, metavar="NUMBERS",
+    add("--latent_dim", type=whole(1, LARGEST_SIZE), default=512, metavar="NUMBERS",
         help="Number of values in the latent code of an adain or local_adain injection.")
     add("--mapping_net_layers", type=whole(1, 64), default=8, metavar="N",
         help="Number of layers of the mapping network, which turns a code into shifts and scales.")
-    add("--mapping_net_h_dim", type=whole(1, 2**16), default=512, metavar="WIDTH",
+    add("--mapping_net_h_dim", type=whole(1, LARGEST_SIZE), default=512, metavar="WIDTH",
         help="Width of the hidden layers of the mapping network.")
     add("--mapping_net_lrmul", type=real(1e-6), metavar="X",
         help="Learning-rate multiplier of the mapping network, as in StyleGAN; default: 0.01, "
         "or 1 with --adain_init identity.")
     add("--act_type", choices=ACTIVATIONS, default="leakyrelu",
         help="Activation function of the mapping network.")
-    add("--adain_init", choices=("original", "identity"), default="original",
+    add("--adain_init", choices=ADAIN_INITS, default="original",
         help="Initial weights of the mapping network. original: random, as in StyleGAN; identity: "
         "the injection changes nothing at the first step, and learns faster.")
     add("--finetune", **SWITCH, default=1,
@@ -289,10 +298,14 @@ def changeable_flags(parser):
     return {action.dest for action in parser._actions if getattr(action, "changeable", False)}
 
 
+# Fields of ModelConfig whose flag has another name.
+FLAG_OF_FIELD = {"image_size": "input_size"}
+
+
 def architecture_flags(config_class=ModelConfig):
     """Names of the flags that determine the model: a run can never go on with another value."""
     fields = {field.name for field in dataclasses.fields(config_class)}
-    return fields - {"image_size"} | {"input_size", "arch", "ignore_z"}
+    return {FLAG_OF_FIELD.get(field, field) for field in fields} | {"arch", "ignore_z"}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -339,12 +352,12 @@ def resolve_flags(args):
         flags.predict_ratio = 0.25 if args.decoder == "cross" else 1.0
     if args.tries == -1 and args.sampler == "surrogate":
         flags.tries = max(1, args.ns // 5)
-    pairs = [] if args.ignore_z else parse_ip_spec(args.ip_spec, preset)
-    flags.ip_spec = [str(word) for pair in pairs for word in pair]
+    words = [] if args.ignore_z else args.ip_spec or [str(preset.depth - 1), "adain"]
+    flags.ip_spec = [str(word) for pair in parse_ip_spec(words) for word in pair]
     flags.lr_z = args.lr if args.lr_z == -1 else args.lr_z
     flags.uid = args.uid or os.environ.get("SLURM_JOB_ID") or secrets.token_hex(4)
     resolve_shared_flags(flags)
-    check_flags(flags, preset.patch_size)
+    check_flags(flags)
     if args.sp > args.ns and not args.ignore_z:
         say(f"note: --sp {args.sp} is lowered to {args.ns}, as --ns")
         flags.sp = args.ns
@@ -353,9 +366,9 @@ def resolve_flags(args):
     return flags
 
 
-def check_flags(flags, patch_size):
+def check_flags(flags):
     """Refuses resolved flags that contradict each other; the InputError says what is allowed."""
-    check_input(flags, patch_size)
+    check_patches(flags, math.prod(check_model(flags).grid))
     check_sampling(flags)
     check_steps(flags)
     check_schedule(flags)
@@ -364,13 +377,8 @@ def check_flags(flags, patch_size):
         raise InputError(f"--uid {flags.uid}: allowed are up to 64 letters, digits and . _ + -")
 
 
-def check_input(flags, patch_size):
-    """Refuses sizes that are not whole patches, and shares of patches that are none or all."""
-    size = " ".join(map(str, flags.input_size))
-    if len(flags.input_size) != 2 or any(side % patch_size for side in flags.input_size):
-        allowed = f"one or two multiples of {patch_size}, the patch size of --arch {flags.arch}"
-        raise InputError(f"--input_size {size}: allowed are {allowed}")
-    n_patches = math.prod(flags.input_size) // patch_size**2
+def check_patches(flags, n_patches):
+    """Refuses shares of an image's patches that are none or all of them."""
     check_mask_ratio(flags.mask_ratio, n_patches)
     share = f"--predict_ratio {flags.predict_ratio:g}"
     if flags.predict_ratio < 1 and flags.decoder == "self":
@@ -566,25 +574,15 @@ def resolve_probe_flags(args, default):
     return flags
 
 
-def parse_ip_spec(words, preset):
-    """--ip_spec's words, checked, as [(place, method), ...] with whole-number places."""
-    words = words or [str(preset.depth - 1), "adain"]
-    shown = f"--ip_spec {' '.join(words)}"
-    n_places = preset.depth + preset.decoder_depth
+def parse_ip_spec(words):
+    """--ip_spec's words as ((place, method), ...), a block's place as a whole number."""
     if len(words) % 2:
-        raise InputError(f"{shown}: expected pairs PLACE METHOD, got {len(words)} words")
-    pairs = list(zip(words[::2], words[1::2], strict=True))
-    for place, method in pairs:
-        if method not in INJECTIONS:
-            raise InputError(
-                f"{shown}: unknown method {method}; allowed are {', '.join(INJECTIONS)}"
-            )
-        if place != "mask" and not (place.isdecimal() and int(place) < n_places):
-            raise InputError(f"{shown}: no place {place}; allowed are 0 to {n_places - 1} and mask")
-    pairs = [(place if place == "mask" else int(place), method) for place, method in pairs]
-    if len({place for place, _ in pairs}) < len(pairs):
-        raise InputError(f"{shown}: a place can be named once only")
-    return pairs
+        reason = f"expected pairs PLACE METHOD, got {len(words)} words"
+        raise InputError(f"--ip_spec {' '.join(words)}: {reason}")
+    return tuple(
+        (int(place) if place.isdecimal() else place, method)
+        for place, method in zip(words[::2], words[1::2], strict=True)
+    )
 
 
 def device_names(gpus, processes):
@@ -616,12 +614,22 @@ def device_names(gpus, processes):
 def model_fields(flags):
     """The fields of ModelConfig that resolved flags determine: all but norm_eps, which weights from
     elsewhere bring along."""
-    preset = PRESETS[flags.arch]
-    fields = {name: vars(flags).get(name, value) for name, value in vars(preset).items()}
+    fields = {**vars(PRESETS[flags.arch]), **vars(flags)}
     fields |= {
         "image_size": tuple(flags.input_size),
         "norm_pix_loss": bool(flags.norm_pix_loss),
-        "ip_spec": tuple(parse_ip_spec(flags.ip_spec, preset)) if flags.ip_spec else (),
+        "ip_spec": parse_ip_spec(flags.ip_spec),
     }
-    del fields["norm_eps"]
-    return fields
+    names = [field.name for field in dataclasses.fields(ModelConfig)]
+    return {name: fields[name] for name in names if name != "norm_eps"}
+
+
+def check_model(flags):
+    """The ModelConfig of resolved flags; an InputError names a flag whose value is not allowed."""
+    try:
+        return ModelConfig(**model_fields(flags))
+    except FieldError as error:
+        flag = FLAG_OF_FIELD.get(error.field, error.field)
+        value = getattr(flags, flag)
+        words = value if isinstance(value, list) else [value]
+        raise InputError(f"--{flag} {' '.join(map(str, words))}: {error.reason}") from None

@@ -15,7 +15,7 @@ import IO
 import Utils
 from Augmentation import transforms
 from internals import runs
-from internals.encoders import extract_features, load_encoder, nearest_neighbors
+from internals.encoders import extract, load_encoder, nearest_neighbors
 from internals.full_probe import full_probe
 from internals.processes import StopSignal, adopt_slurm_step, launch, run_command
 from internals.runs import check_writable
@@ -103,8 +103,7 @@ class FastProbe:
         **options,
     ):
         """n_way and n_shot are maxima; loading: keywords of ImageLoader; options: `device`,
-        `batch_size`, `global_pool`, `ignore_codes`, `n_codes` of extract_features, and `head`, the
-        keywords of linear_probe."""
+        `batch_size`, `parts` and `n_codes` of extract, and `head`, the keywords of linear_probe."""
         n_classes = len(images_tr.classes)
         if n_classes < 2:
             raise InputError(
@@ -138,14 +137,14 @@ class FastProbe:
     def __call__(self, model):
         """{"top1", "top5", "knn"} of the model's encoder, fractions."""
         (features, labels), (features_test, labels_test) = (
-            (extract_features(model, loader, indices, seeds, **self.options), labels)
+            (extract(model, loader, indices, seeds, **self.options)[:, 0], labels)
             for loader, indices, seeds, labels in self.sets
         )
         return linear_probe(features, labels, features_test, labels_test, **self.head)
 
 
 def fast_probe(flags, images_tr, images_val, size, device, n_codes=1, **loading):
-    """The FastProbe that the probe's flags ask for; n_codes: see extract_features; loading: more
+    """The FastProbe that the probe's flags ask for; n_codes: see extract; loading: more
     keywords of ImageLoader."""
     transform_tr, transform_te = transforms(size, flags.use_augs)
     return FastProbe(
@@ -160,9 +159,8 @@ def fast_probe(flags, images_tr, images_val, size, device, n_codes=1, **loading)
         seed=flags.seed,
         device=device,
         batch_size=flags.probe_bs_val,
-        global_pool=bool(flags.global_pool),
-        ignore_codes=bool(flags.probe_ignore_z),
-        n_codes=n_codes,
+        parts=("mean",) if flags.global_pool else ("cls",),
+        n_codes=0 if flags.probe_ignore_z else n_codes,
         head={"lr": flags.probe_lr, "epochs": flags.probe_epochs, "batch_size": flags.probe_bs},
     )
 

@@ -5,6 +5,7 @@ Letters in shapes: N images, K codes per image, L patches, V visible and M maske
 T tokens, C channels, D numbers per code, P pixels along a patch."""
 
 import copy
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
@@ -18,13 +19,25 @@ from timm.layers import Mlp, PatchEmbed, build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 
 from Augmentation import denormalize, normalize
-from Utils import Stream, mix_seeds, random_normal
+from Utils import InputError, Stream, mix_seeds, random_normal
+
+
+class FieldError(InputError):
+    """No model can have this value of a ModelConfig's field; `reason` says what is allowed."""
+
+    def __init__(self, field, value, reason):
+        super().__init__(f"{field} {value!r:.100}: {reason}")
+        self.field, self.reason = field, reason
+
+
+ADAIN_INITS = ("original", "identity")
+LARGEST_SIZE = 2**16  # the bound of all whole numbers in a config
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and options of a model; saved in every checkpoint, so that the model can be built again
-    from it."""
+    """Sizes and options of a model, checked when made (FieldError). Every checkpoint holds its
+    model's config, so that the model can be built again."""
 
     image_size: tuple[int, int] = (224, 224)  # height, width
     patch_size: int = 16
@@ -34,18 +47,67 @@ class ModelConfig:
     decoder_dim: int = 512
     decoder_depth: int = 8
     decoder_num_heads: int = 16
-    decoder: str = "self"  # of DECODERS
-    norm_eps: float = 1e-6  # of every LayerNorm; other only in weights from elsewhere
-    # What the predictions are trained to be: patches normalised one by one, or raw pixels.
+    decoder: str = "self"  # a key of DECODERS
+    norm_eps: float = 1e-6  # of every LayerNorm; other values only in weights from elsewhere
+    # True: predicts patches normalised by their own mean and deviation; False: predicts pixels.
     norm_pix_loss: bool = True
-    # Pairs (place, method): encoder blocks 0..., decoder blocks from `depth` on, "mask".
+    # Pairs (place, method). Places: encoder blocks 0..., decoder blocks from `depth` on, "mask".
     ip_spec: tuple[tuple[int | str, str], ...] = ()
     latent_dim: int = 512
     mapping_net_layers: int = 8
     mapping_net_h_dim: int = 512
     mapping_net_lrmul: float = 0.01
-    act_type: str = "leakyrelu"
-    adain_init: str = "original"
+    act_type: str = "leakyrelu"  # a key of ACTIVATIONS
+    adain_init: str = "original"  # one of ADAIN_INITS
+
+    def __post_init__(self):
+        """Checks types, too, as a config may come from a hostile file. A check may rely on the
+        checks before it."""
+        self._check_sizes()
+        lrmul = self.mapping_net_lrmul
+        is_positive = type(lrmul) in (int, float) and 0 < lrmul < math.inf
+        self._require("mapping_net_lrmul", is_positive, "allowed are finite numbers above 0")
+        is_share = type(self.norm_eps) is float and 0 < self.norm_eps < 1
+        self._require("norm_eps", is_share, "allowed are numbers between 0 and 1")
+        is_bool = type(self.norm_pix_loss) is bool
+        self._require("norm_pix_loss", is_bool, "allowed are True and False")
+        options = {"decoder": DECODERS, "act_type": ACTIVATIONS, "adain_init": ADAIN_INITS}
+        for field, names in options.items():
+            is_named = getattr(self, field) in list(names)
+            self._require(field, is_named, f"allowed are {', '.join(names)}")
+        self._check_ip_spec()
+
+    def _require(self, field, is_allowed, reason):
+        """Raises a FieldError unless the field's value is allowed."""
+        if not is_allowed:
+            raise FieldError(field, getattr(self, field), reason)
+
+    def _check_sizes(self):
+        for field in dataclasses.fields(self):
+            if field.type is int:
+                reason = f"allowed are whole numbers from 1 to {LARGEST_SIZE}"
+                self._require(field.name, is_size(getattr(self, field.name)), reason)
+        for field, heads in (("dim", self.num_heads), ("decoder_dim", self.decoder_num_heads)):
+            # 4: a position embedding is the sine and cosine of the row and of the column.
+            reason = f"allowed are multiples of 4 and of the number of heads, {heads}"
+            self._require(field, getattr(self, field) % math.lcm(4, heads) == 0, reason)
+        size, patch_size = self.image_size, self.patch_size
+        is_whole = is_pair(size) and all(is_size(side) and side % patch_size == 0 for side in size)
+        reason = f"allowed are a height and a width, multiples of {patch_size}, the patch size"
+        self._require("image_size", is_whole, reason)
+
+    def _check_ip_spec(self):
+        pairs, last = self.ip_spec, self.depth + self.decoder_depth - 1
+        are_pairs = isinstance(pairs, (tuple, list)) and all(map(is_pair, pairs))
+        self._require("ip_spec", are_pairs, "allowed are pairs (place, method)")
+        for place, method in pairs:
+            reason = f"unknown method {method!s:.40}; allowed are {', '.join(INJECTIONS)}"
+            self._require("ip_spec", method in list(INJECTIONS), reason)
+            is_place = place == "mask" or (type(place) is int and 0 <= place <= last)
+            reason = f"no place {place!s:.40}; allowed are 0 to {last} and mask"
+            self._require("ip_spec", is_place, reason)
+        is_distinct = len({place for place, _ in pairs}) == len(pairs)
+        self._require("ip_spec", is_distinct, "a place can be named once only")
 
     @property
     def grid(self):
@@ -53,20 +115,14 @@ class ModelConfig:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
 
-# To add a size, add a row; --input_size gives the image size. The published MAEs share one decoder
-# (He et al. 2022, section 4); tiny and small are timm's widths.
-# fmt: off
-PRESETS = {
-    "vit_base": ModelConfig(),
-    "vit_base_vis": ModelConfig(norm_pix_loss=False),
-    "vit_large": ModelConfig(dim=1024, depth=24, num_heads=16),
-    "vit_huge": ModelConfig(patch_size=14, dim=1280, depth=32, num_heads=16),
-    "vit_tiny": ModelConfig(dim=192, num_heads=3),
-    "vit_small": ModelConfig(dim=384, num_heads=6),
-    "vit_demo": ModelConfig(patch_size=4, dim=128, depth=4, num_heads=4,
-                            decoder_dim=64, decoder_depth=2, decoder_num_heads=2),
-}
-# fmt: on
+def is_size(value):
+    """Whether a value is a whole number from 1 to LARGEST_SIZE."""
+    return type(value) is int and 1 <= value <= LARGEST_SIZE
+
+
+def is_pair(value):
+    """Whether a value is a tuple or list of two."""
+    return isinstance(value, (tuple, list)) and len(value) == 2
 
 
 # -------------------------------------------------------------------------------------------------
@@ -546,7 +602,7 @@ class ImplicitMAE(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------
-# Building models, and what training and pictures need of them.
+# Presets, building models, and what training and pictures need of models.
 
 
 def sincos_position_embedding(grid, dim):
@@ -555,6 +611,22 @@ def sincos_position_embedding(grid, dim):
     x = build_sincos2d_pos_embed(list(grid), dim)  # (L, dim): sines, then cosines, rows first
     x = x.unflatten(1, (2, 2, -1)).transpose(1, 2).flip(1).flatten(1)
     return F.pad(x, (0, 0, 1, 0))[None]
+
+
+# To add a size, add a row; --input_size gives the image size. The published MAEs share one decoder
+# (He et al. 2022, section 4); tiny and small are timm's widths.
+# fmt: off
+PRESETS = {
+    "vit_base": ModelConfig(),
+    "vit_base_vis": ModelConfig(norm_pix_loss=False),
+    "vit_large": ModelConfig(dim=1024, depth=24, num_heads=16),
+    "vit_huge": ModelConfig(patch_size=14, dim=1280, depth=32, num_heads=16),
+    "vit_tiny": ModelConfig(dim=192, num_heads=3),
+    "vit_small": ModelConfig(dim=384, num_heads=6),
+    "vit_demo": ModelConfig(patch_size=4, dim=128, depth=4, num_heads=4,
+                            decoder_dim=64, decoder_depth=2, decoder_num_heads=2),
+}
+# fmt: on
 
 
 def build(config):

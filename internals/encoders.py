@@ -1,5 +1,5 @@
-"""What is probed: encoders from everywhere, the features that they give of images, and how well
-nearest neighbours tell classes by these."""
+"""The encoders that probes take, from everywhere; their features of images; the accuracy of the
+nearest neighbours among these features."""
 
 import dataclasses
 import difflib
@@ -10,80 +10,80 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import Data
-import IO
 import Utils
 from Augmentation import MEAN, STD, channels, normalize
-from internals.weights import check_config, fetch, read_state
+from internals.weights import fetch, load_all, load_model, read_state
 from Models import PRESETS, build, in_precision
-from Utils import InputError, Stream, autocast, first_line, mix_seeds, seeded, sum_over_processes
+from Utils import (
+    InputError,
+    Stream,
+    autocast,
+    first_line,
+    mix_seeds,
+    naming,
+    seeded,
+    sum_over_processes,
+)
 
-# What a head may see of an image, and the parts that it is made of: the class token, the mean of
-# the patch tokens. Encoders without tokens have one vector.
+# What a head may see of an image, as parts of `image_features`: the class token, the mean of the
+# patch tokens, both side by side. Encoders without tokens have one vector for every part.
 POOLS = {"cls": ("cls",), "mean": ("mean",), "both": ("cls", "mean"), "vector": ("cls",)}
 
 
 def load_encoder(source, *, size=None, seed=0, dtype=torch.float32):
-    """The encoder of any source, to be used without gradients: an ImplicitMAE in this precision, or
-    a Foreign, which does what a probe asks of one. size: (height, width) of its images, else its
-    own; seed: of fresh weights. An InputError where it can't be had."""
+    """The encoder of any source, for use without gradients: an ImplicitMAE in this precision, or a
+    ForeignEncoder. size: (height, width) of its images, else its own; seed: of fresh weights. An
+    InputError says why it can't be loaded."""
     name = source.removeprefix("untrained:")
-    trained, (kind, _, rest) = name == source, name.partition(":")
+    trained, (library, _, rest) = name == source, name.partition(":")
+    overrides = {"image_size": tuple(size)} if size else {}
     with seeded(mix_seeds(seed, Stream.PROBE)):
         if name == "pixels":
-            return Foreign(Parts(nn.Flatten(), nn.Flatten(), size or (32, 32)), dtype)
-        if kind in FOREIGN:
-            return load_foreign(kind, rest, trained, size, dtype)
-        sizes = {"image_size": tuple(size)} if size else {}
+            return ForeignEncoder(nn.Flatten(), size or (32, 32), MEAN, STD, dtype)
+        if library in LIBRARIES:
+            return load_foreign(library, rest, trained, size, dtype)
         if trained:
-            return in_precision(IO.load_model(name, **sizes).eval(), dtype)
-        config = PRESETS[name] if name in PRESETS else IO.load_model(name).config
-        config = dataclasses.replace(config, ip_spec=(), **sizes)
-        check_config(config)
-        return in_precision(build(config).eval(), dtype)
+            model = load_model(name, **overrides)
+        else:
+            config = PRESETS[name] if name in PRESETS else load_model(name).config
+            model = build(dataclasses.replace(config, ip_spec=(), **overrides))
+        return in_precision(model.eval(), dtype)
 
 
 # -------------------------------------------------------------------------------------------------
 # Encoders from elsewhere.
 
 
-class Parts(NamedTuple):
-    """A network from elsewhere: `features` turns images (N,3,H,W), normalised by mean and std, into
-    class token and patches (N, 1+L, C), or into one vector (N, C)."""
-
-    network: nn.Module
-    features: callable
-    image_size: tuple[int, int]
-    mean: tuple = MEAN
-    std: tuple = STD
-
-
-class Shape(NamedTuple):
-    """What a probe asks of a ModelConfig."""
+class EncoderSizes(NamedTuple):
+    """The fields of a ModelConfig that probes read."""
 
     image_size: tuple[int, int]
     dim: int
     depth: int
 
 
-class Foreign(nn.Module):
-    """A network from elsewhere as probes use an ImplicitMAE, in mixed precision. A vector stands
-    for class token and patches alike."""
+class ForeignEncoder(nn.Module):
+    """A network from elsewhere with the parts of an ImplicitMAE that probes use. Computes in mixed
+    precision."""
 
     code_dim = 0
 
-    def __init__(self, parts, dtype):
+    def __init__(self, network, image_size, mean, std, dtype, features=None):
+        """features: images (N,3,H,W), normalised by mean and std -> class token and patches (N,
+        1+L, C), or one vector (N, C); by default the network itself."""
         super().__init__()
-        self.network, self.features = parts.network.eval(), parts.features
-        self.mean, self.std, self.dtype = tuple(parts.mean), tuple(parts.std), dtype
-        with torch.no_grad():
-            example = self.features(torch.zeros(1, 3, *parts.image_size))
-        self.pools = ("cls", "mean", "both") if example.ndim == 3 else ("vector",)
-        depth = len(getattr(parts.network, "blocks", ()))
-        self.config = Shape(tuple(parts.image_size), example.shape[-1], depth)
+        self.network, self.features = network, features or network
+        self.mean, self.std, self.dtype = tuple(mean), tuple(std), dtype
         self.eval()
+        with torch.no_grad():
+            example = self.features(torch.zeros(1, 3, *image_size))
+        self.pools = ("cls", "mean", "both") if example.ndim == 3 else ("vector",)
+        depth = len(getattr(network, "blocks", ()))
+        self.config = EncoderSizes(tuple(image_size), example.shape[-1], depth)
 
     def encode(self, images, codes=None):
-        """images (N,3,H,W), normalised as ours are -> tokens (N, 1+L, C)."""
+        """images (N,3,H,W), normalised by our mean and std -> tokens (N, 1+L, C). A vector is given
+        twice, as class token and as the only patch."""
         if (self.mean, self.std) != (MEAN, STD):
             mean, std, our_mean, our_std = (
                 channels(values, images.device) for values in (self.mean, self.std, MEAN, STD)
@@ -94,18 +94,19 @@ class Foreign(nn.Module):
         return tokens if tokens.ndim == 3 else tokens[:, None].expand(-1, 2, -1)
 
 
-def load_foreign(kind, name, trained, size, dtype):
-    """The Foreign for timm's or torchvision's model NAME[=FILE]."""
+def load_foreign(library, name, trained, size, dtype):
+    """The ForeignEncoder of a library's model NAME or NAME=FILE."""
     name, _, path = name.partition("=")
-    source, (make, names) = f"{kind}:{name}", FOREIGN[kind]
-    if name.partition(".")[0] not in (known := names()) and not name.startswith("hf-hub:"):
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {kind}:{near[0]}?" if near else ""
-        raise InputError(f"{kind} has no model {name}{hint}")
+    source, (load, list_names) = f"{library}:{name}", LIBRARIES[library]
+    names = list_names()
+    if name.partition(".")[0] not in names and not name.startswith("hf-hub:"):
+        similar = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {library}:{similar[0]}?" if similar else ""
+        raise InputError(f"{library} has no model {name}{hint}")
     if path and not trained:
         raise InputError(f"untrained:{source} reads no weights; leave ={path} out")
     try:
-        return Foreign(make(name, trained, path, size), dtype)
+        return load(name, trained, path, size, dtype)
     except InputError:
         raise
     except OSError as error:
@@ -113,20 +114,21 @@ def load_foreign(kind, name, trained, size, dtype):
             f"could not fetch the weights of {source} ({first_line(error)}); fetch them elsewhere "
             f"and give {source}=FILE, or take fresh ones by untrained:{source}"
         ) from None
-    except Exception as error:  # whatever a model raises that can't be built for this size
-        shown = f" with --input_size {size[0]} {size[1]}" if size else ""
-        raise InputError(f"can't make {source}{shown}: {first_line(error)}") from None
+    except Exception as error:  # a model that can't be built for this size can raise any error
+        size_flag = f" with --input_size {size[0]} {size[1]}" if size else ""
+        raise InputError(f"can't build {source}{size_flag}: {first_line(error)}") from None
 
 
-def from_timm(name, trained, path, size):
-    """timm's model: the tokens of a ViT that has a class token, else what the classifier sees."""
+def load_from_timm(name, trained, path, size, dtype):
+    """timm's model. Features: the tokens of a ViT that has a class token, else the classifier's
+    input."""
     import timm
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # its retries; what fails in the end is said in one line
+    logging.set_verbosity_error()  # hides warnings about retries; the final error says enough
     network = timm.create_model(name, pretrained=trained and not path, num_classes=0)
     if path:
-        load_state(network, path, network.pretrained_cfg.get("classifier"))
+        load_without_classifier(network, path, network.pretrained_cfg.get("classifier"))
     config = timm.data.resolve_data_config(model=network)
     if size and hasattr(network, "set_input_size"):
         network.set_input_size(img_size=tuple(size))
@@ -139,11 +141,11 @@ def from_timm(name, trained, path, size):
         return torch.cat([x[:, :1], x[:, network.num_prefix_tokens :]], dim=1)  # no registers
 
     size = size or config["input_size"][1:]
-    return Parts(network, features, size, config["mean"], config["std"])
+    return ForeignEncoder(network, size, config["mean"], config["std"], dtype, features)
 
 
-def from_torchvision(name, trained, path, size):
-    """torchvision's model: what its classifier, the last linear layer, sees."""
+def load_from_torchvision(name, trained, path, size, dtype):
+    """torchvision's model. Features: the input of its classifier, the last linear layer."""
     from torchvision.models import get_model, get_model_weights
 
     weights, network = get_model_weights(name).DEFAULT, get_model(name)
@@ -151,12 +153,11 @@ def from_torchvision(name, trained, path, size):
     if not linear:
         raise InputError(f"torchvision:{name} has no linear classifier, so no features to probe")
     if trained:
-        load_state(network, path or fetch(weights.url), linear[-1])
-    parent, _, last = linear[-1].rpartition(".")
-    setattr(network.get_submodule(parent), last, nn.Identity())
+        load_without_classifier(network, path or fetch(weights.url), linear[-1])
+    network.set_submodule(linear[-1], nn.Identity())
     preset = weights.transforms()
     size = size or (preset.crop_size[0],) * 2
-    return Parts(network, network, size, tuple(preset.mean), tuple(preset.std))
+    return ForeignEncoder(network, size, preset.mean, preset.std, dtype)
 
 
 def timm_names():
@@ -172,26 +173,24 @@ def torchvision_names():
 
 
 # To probe models of another library, write two functions like those above and name them here.
-FOREIGN = {
-    "timm": (from_timm, timm_names),
-    "torchvision": (from_torchvision, torchvision_names),
+LIBRARIES = {
+    "timm": (load_from_timm, timm_names),
+    "torchvision": (load_from_torchvision, torchvision_names),
 }
 
 
-def load_state(network, path, classifier):
-    """Loads a file's state dict into a network, without its classifier, whose name or names these
-    are; refuses one that does not fit."""
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
-    own, (state, _) = network.state_dict(), read_state(path)
-    own, state = (
-        {name: x for name, x in tensors.items() if name.rpartition(".")[0] not in heads}
-        for tensors in (own, state)
-    )
-    wrong = own.keys() ^ state.keys()
-    wrong |= {name for name in own.keys() - wrong if own[name].shape != state[name].shape}
-    if wrong:
-        raise InputError(f"{path} does not fit: {len(wrong)} tensors, first {min(wrong)}")
-    network.load_state_dict(state, strict=False)
+def load_without_classifier(network, path, classifier):
+    """Loads a file's state dict into a network; an InputError where it does not fit. classifier:
+    the name, or names, of layers that stay as they are."""
+    classifiers = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+
+    def in_classifier(name):
+        return name.rpartition(".")[0] in classifiers
+
+    state = {n: x for n, x in read_state(path)[0].items() if not in_classifier(n)}
+    state |= {n: x for n, x in network.state_dict().items() if in_classifier(n)}
+    with naming(path):
+        load_all(network, state)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -200,24 +199,25 @@ def load_state(network, path, classifier):
 
 @torch.no_grad()
 def image_features(model, images, seeds, parts, n_codes):
-    """uint8 images (n,3,H,W) on the model's device, seeds (n,) of their codes -> float32
-    (n, len(parts), C): of "cls" the class token, of "mean" the patch tokens' mean; averaged over
-    n_codes codes, 0: without codes."""
+    """uint8 images (n,3,H,W) on the model's device, seeds (n,) of their codes -> float32 (n,
+    len(parts), C). Part "cls": the class token; "mean": the mean of the patch tokens. The tokens
+    are means over n_codes codes; 0: without codes."""
     images = normalize(images)
     if n_codes and model.code_dim:
         total, codes = 0, model.sample_codes(seeds.to(images.device), n_codes)  # (n, k, D)
-        for few in codes.split(8, dim=1):
-            total = total + model.encode(images, few).float().mean(1) * few.shape[1]
+        for few_codes in codes.split(8, dim=1):
+            total = total + model.encode(images, few_codes).float().mean(1) * few_codes.shape[1]
         tokens = total / n_codes
     else:
         tokens = model.encode(images).float()  # (n, 1+L, C)
-    made = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(1)}
-    return torch.stack([made[part] for part in parts], dim=1)
+    features = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(1)}
+    return torch.stack([features[part] for part in parts], dim=1)
 
 
 def extract(model, loader, indices, seeds, *, device, batch_size, parts, n_codes=0, pace=None):
-    """image_features (n, len(parts), C) of images indices (n,), cropped by seeds (n,), batch_size
-    at a time. Every process computes its share and gets all."""
+    """`image_features` (n, len(parts), C) of the images indices (n,), cropped by seeds (n,),
+    batch_size at a time. Every process computes its share and gets all features. pace: a wrapper
+    of the iterator over chunks."""
     features = torch.zeros(len(indices), len(parts), model.config.dim, device=device)
     chunks = loader.chunks(indices, seeds, batch_size)
     chunks = Data.copied(chunks if pace is None else pace(chunks), device)
@@ -227,36 +227,15 @@ def extract(model, loader, indices, seeds, *, device, batch_size, parts, n_codes
     return features
 
 
-def extract_features(
-    model,
-    loader,
-    indices,
-    seeds,
-    *,
-    device,
-    batch_size,
-    global_pool=True,
-    ignore_codes=True,
-    n_codes=1,
-):
-    """The encoder's features (n, C) float32 of images indices (n,), cropped by seeds (n,): the mean
-    of the patch tokens, or the class token; unless codes are ignored, the mean over n_codes of
-    them. Every process computes its share and gets all."""
-    parts = ("mean",) if global_pool else ("cls",)
-    n_codes = 0 if ignore_codes else n_codes
-    options = {"device": device, "batch_size": batch_size, "parts": parts, "n_codes": n_codes}
-    return extract(model, loader, indices, seeds, **options)[:, 0]
-
-
 def nearest_neighbors(features, labels, features_test, labels_test, k=20, temperature=0.07):
-    """The accuracy of the k nearest training features' vote by cosine similarity (Wu et al. 2018,
-    section 3.4), a fraction."""
+    """The accuracy, a fraction, of a vote of the k nearest training features by cosine similarity
+    (Wu et al. 2018, section 3.4)."""
     features, features_test = F.normalize(features, dim=1), F.normalize(features_test, dim=1)
-    n_classes, right = int(max(labels.max(), labels_test.max())) + 1, 0
-    size = max(1, min(1024, 2**28 // len(features)))  # their similarities: at most 1 GB
-    for test, truth in zip(features_test.split(size), labels_test.split(size), strict=True):
-        similarity, nearest = (test @ features.T).topk(min(k, len(features)), dim=1)
-        votes = torch.zeros(len(test), n_classes, device=features.device)
+    n_classes, n_right = int(max(labels.max(), labels_test.max())) + 1, 0
+    size = max(1, min(1024, 2**28 // len(features)))  # keeps the similarities below 1 GB
+    for batch, truth in zip(features_test.split(size), labels_test.split(size), strict=True):
+        similarity, nearest = (batch @ features.T).topk(min(k, len(features)), dim=1)
+        votes = torch.zeros(len(batch), n_classes, device=features.device)
         votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
-        right += int((votes.argmax(1) == truth).sum())
-    return right / len(labels_test)
+        n_right += int((votes.argmax(1) == truth).sum())
+    return n_right / len(labels_test)

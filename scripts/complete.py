@@ -1,5 +1,4 @@
-"""Completes pictures of your own: masks them and draws what a model makes of them, one column per
-code.
+"""Masks pictures of your own and draws how a model completes them, with one column per code.
 
 python scripts/complete.py demo/imle_mnist.pt PICTURE [PICTURE ...] --codes 8 --out grid.png"""
 
@@ -12,10 +11,11 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from internals.parsing import SWITCH, Parser, real, whole
 from internals.plots import NORMALIZED, picture_grid
 from internals.processes import run_command
 from internals.weights import SOURCES, load_model
-from IO import SWITCH, Parser, check_mask_ratio, real, whole
+from IO import check_mask_ratio
 from Models import completions, in_precision
 from Samplers import code_passes
 from Utils import InputError, Stream, fastest_dtype, mix_seeds
@@ -23,29 +23,31 @@ from Validation import prepare
 
 CODES_PER_PASS = 16
 MOSAIC = 4, 8  # rows and columns of a picture's mosaic
+N_MOSAIC = MOSAIC[0] * MOSAIC[1] - 2  # completions in a mosaic; image and masked image go first
 
 
 def main(argv=None):
-    """Draws the grid, and with --mosaic a second picture beside it."""
+    """Writes a grid of completions and, with --mosaic, a second picture."""
     parser = Parser(
         description=__doc__.split("\n\n")[0],
         usage="complete.py MODEL PICTURE [PICTURE ...] [flags]",
     )
     add = parser.add_argument
     # fmt: off
-    add("model", metavar="MODEL", help=SOURCES)
-    add("pictures", nargs="+", metavar="PICTURE", help="image files of any size and mode")
-    add("--out", default="completions.png", metavar="FILE", help="the grid")
-    add("--codes", type=whole(1), default=8, metavar="N", help="completions per picture and mask")
-    add("--masks", type=whole(1), default=1, metavar="N", help="rows per picture")
-    add("--mask_ratio", type=real(0, 1), default=0.75, metavar="SHARE", help="of patches removed")
-    add("--mosaic", type=whole(0), default=0, metavar="CODES", help="also draw OUT_mosaic: of so "
-        f"many codes the {MOSAIC[0] * MOSAIC[1] - 2} whose completions differ most; 0: no mosaic")
-    add("--seed", type=whole(0, 2**31), default=0, metavar="N", help="of masks and codes")
-    add("--input_size", type=whole(1), nargs="+", metavar="PIXELS",
-        help="side, or height and width, as the network sees pictures; default: the model's")
-    add("--norm_pix_loss", **SWITCH, help="what MODEL predicts, where it does not tell: 1: "
-        "normalised patches, 0: pixels; default: what it tells, else 1")
+    add("model", metavar="MODEL", help=f"Weights of the model: {SOURCES}.")
+    add("pictures", nargs="+", metavar="PICTURE", help="Image files of any size and mode.")
+    add("--out", default="completions.png", metavar="FILE", help="File that the grid goes to.")
+    add("--codes", type=whole(1), default=8, metavar="N", help="Completions per row of the grid.")
+    add("--masks", type=whole(1), default=1, metavar="N", help="Masks, and so rows, per picture.")
+    add("--mask_ratio", type=real(0, 1), default=0.75, metavar="SHARE", help="Share of the patches "
+        "that are masked.")
+    add("--mosaic", type=whole(0), default=0, metavar="CODES", help="Try CODES codes and draw the "
+        f"{N_MOSAIC} completions that differ most, in a second file OUT_mosaic; 0: no mosaic.")
+    add("--seed", type=whole(0, 2**31), default=0, metavar="N", help="Seed of masks and codes.")
+    add("--input_size", type=whole(1), nargs="+", metavar="PIXELS", help="Side, or height and "
+        "width, of the images that the network sees; default: the model's own size.")
+    add("--norm_pix_loss", **SWITCH, help="What the model predicts. 1: normalised patches; 0: "
+        "pixels; default: as MODEL's file says, else 1.")
     # fmt: on
     args = parser.parse_args(argv)
     run_command(lambda: draw(args))
@@ -53,11 +55,11 @@ def main(argv=None):
 
 @torch.no_grad()
 def draw(args):
-    """Writes the pictures that the flags ask for."""
+    """Writes the grid and the mosaic that the flags ask for."""
     out = Path(args.out).expanduser()
     file_format = Image.registered_extensions().get(out.suffix.lower())
     if file_format not in Image.SAVE or not out.parent.is_dir():
-        raise InputError(f"--out {out}: allowed is a picture's name, as grid.png, in a folder")
+        raise InputError(f"--out {out}: allowed is an image file, such as grid.png, in a folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     overrides = {}
     if args.input_size:
@@ -82,28 +84,30 @@ def draw(args):
         codes = model.sample_codes(seed, args.codes) if model.code_dim else None
         rows.append(completions(model, image, noise, codes, args.mask_ratio))
         if args.mosaic and i % args.masks == 0:
-            chosen = most_different_codes(model, image, noise, seed, args)
+            if not model.code_dim:
+                raise InputError(f"--mosaic: {args.model} has no codes, so only one completion")
+            chosen = most_different_codes(model, image, noise, seed, args.mosaic, args.mask_ratio)
             cells = completions(model, image, noise, chosen, args.mask_ratio)
             mosaics.append(tiles(cells))
 
     n_codes = rows[0].shape[1] - 2
     names = [f"code {k + 1}" for k in range(n_codes)] if model.code_dim else ["completion"]
-    about = f"Completions by {args.model}, {args.mask_ratio:.0%} of the patches masked."
-    about += NORMALIZED if model.config.norm_pix_loss else ""
-    save(picture_grid(torch.cat(rows).cpu(), ["image", "masked", *names], about), out)
+    caption = f"Completions by {args.model}, {args.mask_ratio:.0%} of the patches masked."
+    caption += NORMALIZED if model.config.norm_pix_loss else ""
+    save(picture_grid(torch.cat(rows).cpu(), ["image", "masked", *names], caption), out)
     if mosaics:
-        about = f"The completions that differ most, of {args.mosaic} codes. {about}"
+        caption = f"The completions that differ most, of {args.mosaic} codes. {caption}"
         headers = ["image", "masked", *[""] * (MOSAIC[1] - 2)]
-        mosaic = picture_grid(torch.cat(mosaics).cpu(), headers, about)
+        mosaic = picture_grid(torch.cat(mosaics).cpu(), headers, caption)
         save(mosaic, out.with_name(f"{out.stem}_mosaic{out.suffix}"))
 
 
 def open_picture(path):
-    """A picture of any mode as Pillow's RGB, the right way up, transparent parts on white."""
+    """Reads a picture of any mode as RGB, turned as its EXIF data say, on a white background."""
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith(("I", "F")):  # 16 bits, or numbers of any range
+            if picture.mode.startswith(("I", "F")):  # 16 bits, or floats of any range
                 numbers = np.asarray(picture.convert("F"))
                 low, high = (0, 65535) if "16" in picture.mode else (numbers.min(), numbers.max())
                 if not np.isfinite(numbers).all():
@@ -119,22 +123,19 @@ def open_picture(path):
         raise InputError(f"cannot read the picture {path}: {error}") from None
 
 
-def most_different_codes(model, image, noise, seed, args):
-    """Of --mosaic codes for one picture those whose completions differ most: (1, k, D); None for a
-    model without codes."""
-    if not model.code_dim:
-        raise InputError(f"--mosaic: {args.model} has no codes; it completes in one way only")
-    prefix = model.prefix(image, noise, args.mask_ratio)
-    numbers = torch.arange(args.mosaic, device=seed.device)[None]
+def most_different_codes(model, image, noise, seed, n_codes, mask_ratio):
+    """The codes (1, k, D) whose completions of one picture differ most, of n_codes codes."""
+    prefix = model.prefix(image, noise, mask_ratio)
+    numbers = torch.arange(n_codes, device=seed.device)[None]
     passes = code_passes(model, prefix, seed, numbers, CODES_PER_PASS)
     preds = torch.cat([model.suffix(prefix, codes).float() for codes in passes], dim=1)
-    chosen = most_different(preds[0].flatten(1), MOSAIC[0] * MOSAIC[1] - 2)
+    chosen = most_different(preds[0].flatten(1), N_MOSAIC)
     return model.numbered_codes(seed, numbers[:, chosen])
 
 
 def most_different(points, k):
-    """Indices of at most k of the points (n, d): first the one nearest to their mean, then always
-    the one farthest from all before (Gonzalez 1985)."""
+    """Indices of at most k of the points (n, d): first the point nearest to the mean, then always
+    the point farthest from the chosen points (Gonzalez 1985)."""
     distances = torch.cdist(points, points)
     chosen = [int((points - points.mean(0)).norm(dim=1).argmin())]
     while len(chosen) < min(k, len(points)):
@@ -143,7 +144,7 @@ def most_different(points, k):
 
 
 def tiles(cells):
-    """Pictures (1, n, 3, H, W) as rows of a mosaic (rows, columns, 3, H, W), white behind them."""
+    """Arranges pictures (1, n, 3, H, W) as (rows, columns, 3, H, W); empty places are white."""
     n_rows, n_columns = MOSAIC
     n_rows = min(n_rows, -(-cells.shape[1] // n_columns))
     mosaic = cells.new_full((n_rows * n_columns, *cells.shape[2:]), 255)
@@ -152,7 +153,7 @@ def tiles(cells):
 
 
 def save(picture, path):
-    """Writes a picture and says where."""
+    """Writes a picture and prints its path."""
     try:
         picture.save(path)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Writes a model's encoder, without codes, as timm's VisionTransformer loads it, and shows how."""
+"""Writes a model's encoder to a file for timm's VisionTransformer and prints how to load it."""
 
 import argparse
 
@@ -15,14 +15,14 @@ ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 def main(argv=None):
     """python scripts/export_encoder.py MODEL OUT.safetensors"""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help=SOURCES)
-    parser.add_argument("out", metavar="OUT.safetensors")
+    parser.add_argument("model", metavar="MODEL", help=f"Weights of the model: {SOURCES}.")
+    parser.add_argument("out", metavar="OUT.safetensors", help="File to write.")
     args = parser.parse_args(argv)
     run_command(lambda: export(args.model, args.out))
 
 
 def export(source, out):
-    """Writes the encoder's tensors, whose names are timm's, and prints the lines that load them."""
+    """Writes the encoder's tensors, which have timm's names, and prints how to load them."""
     model = load_model(source)
     state = {k: v.contiguous() for k, v in model.state_dict().items() if k.startswith(ENCODER)}
     try:
@@ -33,7 +33,7 @@ def export(source, out):
 
 
 def usage(config, out):
-    """The lines of Python that load the encoder; they end in features (N, 1+L, C)."""
+    """Lines of Python that load the encoder and compute features (N, 1+L, C)."""
     c = config
     arguments = f"img_size={tuple(c.image_size)}, patch_size={c.patch_size}, embed_dim={c.dim}, "
     arguments += f"depth={c.depth}, num_heads={c.num_heads}, num_classes=0"

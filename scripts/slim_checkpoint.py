@@ -1,5 +1,5 @@
-"""Makes a checkpoint small, to share it: weights only, in half precision. Training can't go on from
-it, but can start."""
+"""Writes a small copy of a checkpoint, to share: only the weights, in half precision. A run can't
+be resumed from the copy, but a new run can start from its weights."""
 
 import argparse
 
@@ -13,17 +13,17 @@ from Utils import InputError
 def main(argv=None):
     """python scripts/slim_checkpoint.py CHECKPOINT OUT"""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("out", metavar="OUT")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="A run's checkpoint.")
+    parser.add_argument("out", metavar="OUT", help="File to write.")
     args = parser.parse_args(argv)
     run_command(lambda: slim(args.checkpoint, args.out))
 
 
 def slim(source, out):
-    """Writes the model of one of our checkpoints in float16."""
+    """Writes the model and config of a checkpoint, in float16."""
     content = read_checkpoint(source)
     if not {"model", "config"} <= content.keys():
-        raise InputError(f"{source} is no checkpoint of ours")
+        raise InputError(f"{source} is no checkpoint of IMLE-SSL: it has no model or no config")
     weights = {name: tensor.half() for name, tensor in content["model"].items()}
     try:
         save_checkpoint(out, {"model": weights, "config": content["config"]})

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Block
 import IO
 import Models
 from internals import checkpoints, weights
+from Utils import InputError
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = Models.ModelConfig(
@@ -34,6 +35,38 @@ PLACES = [
 ]
 CROSS = {"decoder": "cross"}
 SEVERAL = [(4, "local_adain"), (1, "adain"), ("mask", "adain"), (2, "add")]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("depth", 0, "whole numbers from 1 to 65536"),
+        ("depth", True, "whole numbers"),
+        ("latent_dim", 10**9, "whole numbers"),
+        ("num_heads", "4", "whole numbers"),
+        ("dim", 50, "multiples of 4 and of the number of heads"),
+        ("decoder_dim", 18, "multiples of 4"),
+        ("image_size", 32, "a height and a width"),
+        ("image_size", (32, 30), "multiples of"),
+        ("norm_eps", 0.0, "between 0 and 1"),
+        ("norm_pix_loss", 1, "True and False"),
+        ("mapping_net_lrmul", float("inf"), "finite numbers above 0"),
+        ("mapping_net_lrmul", torch.ones(2), "finite numbers above 0"),
+        ("decoder", "crossed", "self, cross"),
+        ("act_type", ["relu"], "leakyrelu, relu, gelu"),
+        ("adain_init", {}, "original, identity"),
+        ("ip_spec", 3, "pairs"),
+        ("ip_spec", (("mask", "adian"),), "unknown method adian; allowed are adain,"),
+        ("ip_spec", ((99, "adain"),), "no place 99; allowed are 0 to"),
+        ("ip_spec", (([], "adain"),), "no place"),
+        ("ip_spec", ((1, "adain"), (1, "add")), "once only"),
+    ],
+)
+def test_a_config_that_no_model_can_have_is_refused_by_its_field(field, value, reason):
+    with pytest.raises(InputError, match=reason) as caught:
+        dataclasses.replace(TINY, **{field: value})
+    assert str(caught.value).startswith(f"{field} ") and "\n" not in str(caught.value)
+    assert caught.value.field == field
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import Data
 import IO
 import LinearProbe
 from Augmentation import normalize, resize
+from internals.encoders import extract
 
 
 def blobs(n, spread, seed, n_classes=6, dim=16):
@@ -88,16 +89,16 @@ def test_features_are_those_of_each_image_alone(global_pool, ignore_codes):
     images = Data.open_images(ROOT / "demo/mnist_val.tar")
     transform = resize((28, 28))
     indices, seeds = torch.tensor([3, 500, 3, 999]), torch.tensor([1, 2, 1, 4])
-    features = LinearProbe.extract_features(
+    features = extract(
         model,
         Data.ImageLoader(images, transform, num_workers=0),
         indices,
         seeds,
         device=torch.device("cpu"),
         batch_size=3,
-        global_pool=global_pool,
-        ignore_codes=ignore_codes,
-    )
+        parts=("mean",) if global_pool else ("cls",),
+        n_codes=0 if ignore_codes else 1,
+    )[:, 0]
     for feature, index, seed in zip(features, indices.tolist(), seeds, strict=True):
         image = normalize(transform(images[index][0])[None])
         codes = None if ignore_codes else model.sample_codes(seed[None], 1)[:, 0]
