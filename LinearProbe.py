@@ -2,21 +2,23 @@
 nearest neighbours. Here is the fast probe, which watches training, and the command for it and for
 the full one."""
 
+import csv
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 
 import Data
 import IO
 import Utils
 from Augmentation import transforms
-from internals import runs
-from internals.encoders import extract_features, load_encoder, nearest_neighbors
-from internals.full_probe import full_probe
+from internals.encoders import extract, load_encoder, nearest_neighbors
+from internals.full_probe import Encoder, full_probe, make_plan, probe_folder
 from internals.processes import StopSignal, adopt_slurm_step, launch, run_command
 from internals.runs import check_writable
 from Utils import (
@@ -85,50 +87,67 @@ def linear_probe(
 
 
 class FastProbe:
-    """The few-shot probe that watches training. Its images are chosen once; a call with a model
-    gives its accuracies."""
+    """The few-shot probe that watches training. Its images are chosen once; each call computes a
+    model's features of them and trains a head."""
 
     def __init__(
         self,
         images_tr,
         images_val,
         *,
+        image_size,
+        device,
         n_way,
         n_shot,
-        augs_per_image,
-        transform_tr,
-        transform_te,
-        loading,
-        seed,
-        **options,
+        augs_per_image=1,
+        use_augs=True,
+        images_per_pass,
+        pool="mean",
+        n_codes=0,
+        lr,
+        epochs,
+        batch_size,
+        seed=0,
+        num_workers=0,
+        loader_timeout=0,
+        stopping=lambda: False,
     ):
-        """n_way and n_shot are maxima; loading: keywords of ImageLoader; options: `device`,
-        `batch_size`, `global_pool`, `ignore_codes`, `n_codes` of extract_features, and `head`, the
-        keywords of linear_probe."""
+        """n_way, n_shot: classes and training images per class, at most; pool: "mean" of the patch
+        tokens or "cls"; n_codes: codes over which features are averaged, 0: without codes; lr,
+        epochs, batch_size: of linear_probe. An InputError for data that can't be probed."""
         n_classes = len(images_tr.classes)
         if n_classes < 2:
             raise InputError(
                 f"--data_tr: a probe needs at least two classes, there is {n_classes}; "
                 "train without a probe by --fast_linear_probe 0"
             )
-        counts = torch.bincount(torch.as_tensor(images_tr.targets))
-        ways, shots = min(n_way, n_classes), min(n_shot, int(counts.min()))
+        smallest_class = int(torch.bincount(torch.as_tensor(images_tr.targets)).min())
+        ways, shots = min(n_way, n_classes), min(n_shot, smallest_class)
         if (ways, shots) != (n_way, n_shot):
             say(f"note: the probe has --val_n_way {ways} classes of --val_n_shot {shots} images")
         train = Data.few_shot(images_tr, ways, shots, seed)
         test = Data.with_classes(images_val, train.classes)
         self.sets = []  # (loader, indices, seeds, labels) for training and for the test
-        for images, transform, copies in (
-            (train, transform_tr, augs_per_image),
-            (test, transform_te, 1),
+        for images, transform, copies in zip(
+            (train, test), transforms(image_size, use_augs), (augs_per_image, 1), strict=True
         ):
             indices = torch.arange(len(images)).repeat(copies)
             seeds = mix_seeds(seed, Stream.PROBE, indices, Data.occurrences(indices))
-            loader = Data.ImageLoader(images, transform, **loading)
-            labels = torch.as_tensor(images.targets)[indices].to(options["device"])
+            loader = Data.ImageLoader(
+                images,
+                transform,
+                num_workers=num_workers,
+                timeout=loader_timeout,
+                stopping=stopping,
+            )
+            labels = torch.as_tensor(images.targets)[indices].to(device)
             self.sets.append((loader, indices, seeds, labels))
-        self.head = {"seed": seed, **options.pop("head")}
-        self.options = options
+        self.extract = partial(
+            extract, device=device, batch_size=images_per_pass, parts=(pool,), n_codes=n_codes
+        )
+        self.train_head = partial(
+            linear_probe, lr=lr, epochs=epochs, batch_size=batch_size, seed=seed
+        )
 
     @property
     def sizes(self):
@@ -138,33 +157,14 @@ class FastProbe:
     def __call__(self, model):
         """{"top1", "top5", "knn"} of the model's encoder, fractions."""
         (features, labels), (features_test, labels_test) = (
-            (extract_features(model, loader, indices, seeds, **self.options), labels)
+            (self.extract(model, loader, indices, seeds)[:, 0], labels)
             for loader, indices, seeds, labels in self.sets
         )
-        return linear_probe(features, labels, features_test, labels_test, **self.head)
+        return self.train_head(features, labels, features_test, labels_test)
 
 
-def fast_probe(flags, images_tr, images_val, size, device, n_codes=1, **loading):
-    """The FastProbe that the probe's flags ask for; n_codes: see extract_features; loading: more
-    keywords of ImageLoader."""
-    transform_tr, transform_te = transforms(size, flags.use_augs)
-    return FastProbe(
-        images_tr,
-        images_val,
-        n_way=flags.val_n_way,
-        n_shot=flags.val_n_shot,
-        augs_per_image=flags.probe_augs_per_image,
-        transform_tr=transform_tr,
-        transform_te=transform_te,
-        loading={"num_workers": flags.num_workers, "timeout": flags.loader_timeout, **loading},
-        seed=flags.seed,
-        device=device,
-        batch_size=flags.probe_bs_val,
-        global_pool=bool(flags.global_pool),
-        ignore_codes=bool(flags.probe_ignore_z),
-        n_codes=n_codes,
-        head={"lr": flags.probe_lr, "epochs": flags.probe_epochs, "batch_size": flags.probe_bs},
-    )
+# -------------------------------------------------------------------------------------------------
+# The command.
 
 
 def main(argv=None):
@@ -201,26 +201,120 @@ def start(flags):
 
 def run(flags, images_tr, images_val):
     """One process of a probe."""
-    began = time.perf_counter()
+    start = time.perf_counter()
     device = join_processes(flags.gpus)
     dtype = choose_dtype(flags.sample_dtype, device)
     with naming("--model"):
         model = load_encoder(flags.model, size=flags.input_size, seed=flags.seed, dtype=dtype)
     model = model.to(device)
     if flags.fast:
-        n_codes, size = flags.probe_codes, model.config.image_size
-        probe = fast_probe(flags, images_tr, images_val, size, device, n_codes)
-        n_train, n_val = probe.sizes
-        result = {"probe": "fast", **probe(model), "n_train": n_train, "n_val": n_val}
+        result = run_fast_probe(flags, model, images_tr, images_val, device)
     else:
         with StopSignal() as stop:
-            result = full_probe(flags, model, images_tr, images_val, device, stop)
-    result = {"model": flags.model, **result, "seconds": round(time.perf_counter() - began, 1)}
+            result = run_full_probe(flags, model, images_tr, images_val, device, stop)
+    seconds = round(time.perf_counter() - start, 1)
+    result = {"model": flags.model, **result, "seconds": seconds}
     if rank() == 0:
         path = Path(flags.save_folder).expanduser() / "probes" / "results.csv"
         data = {"data_tr": flags.data_tr, "data_val": flags.data_val, "seed": flags.seed}
-        runs.append_row(path, {**result, **data})
+        append_row(path, {**result, **data})
     say(json.dumps(result))
+
+
+def run_fast_probe(flags, model, images_tr, images_val, device):
+    """The fast probe's result."""
+    probe = FastProbe(
+        images_tr,
+        images_val,
+        image_size=model.config.image_size,
+        device=device,
+        n_way=flags.val_n_way,
+        n_shot=flags.val_n_shot,
+        augs_per_image=flags.probe_augs_per_image,
+        use_augs=bool(flags.use_augs),
+        images_per_pass=flags.probe_bs_val,
+        pool="mean" if flags.global_pool else "cls",
+        n_codes=0 if flags.probe_ignore_z else flags.probe_codes,
+        lr=flags.probe_lr,
+        epochs=flags.probe_epochs,
+        batch_size=flags.probe_bs,
+        seed=flags.seed,
+        num_workers=flags.num_workers,
+        loader_timeout=flags.loader_timeout,
+    )
+    n_train, n_val = probe.sizes
+    return {"probe": "fast", **probe(model), "n_train": n_train, "n_val": n_val}
+
+
+# Flags that change neither heads nor features: a probe may go on with other values of these.
+CHANGEABLE = frozenset(
+    "gpus processes num_workers save_folder save_minutes keep_gb fast val_n_way val_n_shot "
+    "probe_lr probe_epochs probe_bs probe_augs_per_image".split()
+)
+
+
+def run_full_probe(flags, model, images_tr, images_val, device, stop):
+    """The full probe's result."""
+    plan = make_plan(
+        model,
+        images_tr,
+        pools=flags.pools,
+        default_pool="mean" if flags.global_pool else "cls",
+        learning_rates=flags.lrs,
+        weight_decays=flags.wds,
+        hold_out=flags.hold_out,
+        epochs=flags.epochs,
+        warmup_epochs=flags.warmup_epochs,
+        batch_size=flags.batch_size,
+        seed=flags.seed,
+    )
+    encoder = Encoder(
+        model,
+        device,
+        parts=plan.parts,
+        n_codes=0 if flags.probe_ignore_z else flags.probe_codes,
+        images_per_pass=flags.probe_bs_val,
+        use_augs=bool(flags.use_augs),
+        seed=flags.seed,
+        num_workers=flags.num_workers,
+        loader_timeout=flags.loader_timeout,
+        stop=stop,
+    )
+    settings = {name: value for name, value in vars(flags).items() if name not in CHANGEABLE}
+    sizes = [(len(images), list(images.classes)) for images in (images_tr, images_val)]
+    return full_probe(
+        encoder,
+        images_tr,
+        images_val,
+        plan,
+        probe_folder(flags.save_folder, flags.model, flags.data_tr, model, [settings, sizes]),
+        name=flags.model,
+        keep_gb=flags.keep_gb,
+        save_minutes=flags.save_minutes,
+        flags=vars(flags),
+    )
+
+
+COLUMNS = (  # of results.csv
+    "model probe top1 top5 knn n_train n_held_out n_val pool lr wd epochs batch_size "
+    "data_tr data_val seed seconds folder".split()
+)
+
+
+def append_row(path, values):
+    """Appends a row of these values, a dict, to a CSV file, under the file's own heading or, in a
+    new file, under COLUMNS."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")), open(path, "a+", newline="") as file:
+            file.seek(0)
+            columns = next(csv.reader(file), None)
+            writer = csv.DictWriter(file, columns or COLUMNS, extrasaction="ignore")
+            if not columns:
+                writer.writeheader()
+            writer.writerow(values)
+    except OSError as error:
+        raise InputError(f"--save_folder: cannot write {path}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -104,15 +104,18 @@ def seeded(seed):
 # -------------------------------------------------------------------------------------------------
 
 
-def learning_rate(step, *, base, minimum, start, ramp, total, cycles=0):
-    """The rate for gradient step `step` (from 0): 0 before `start`, then a linear ramp of `ramp`
-    steps up to `base`, then `cycles` equal cosine cycles down to `minimum` that end at `total`, or
-    `base` throughout where cycles is 0."""
+def learning_rate(step, *, base, minimum, start, ramp, total, cycles=0, ramp_from_minimum=False):
+    """The learning rate for gradient step `step` (from 0): 0 before step `start`; then a linear
+    ramp of `ramp` steps from `minimum` to `base`; then `cycles` equal cosine cycles down to
+    `minimum`, which end at step `total`, or `base` if cycles is 0.
+
+    The ramp's last step has the rate `base`; with ramp_from_minimum, as in MAE's linear probe, its
+    first step has the rate `minimum` instead."""
     step = step - start
     if step < 0:
         return 0.0
     if step < ramp:
-        return minimum + (base - minimum) * (step + 1) / ramp
+        return minimum + (base - minimum) * (step + (not ramp_from_minimum)) / ramp
     if not cycles:
         return base
     share = (step - ramp) * cycles / (total - start - ramp) % 1
