@@ -24,8 +24,8 @@ from internals.checkpoints import Checkpoints, Keeper, Progress
 from internals.processes import StopSignal, adopt_slurm_step, launch, run_command
 from internals.runs import locate_run
 from internals.weights import PUBLISHED
-from Models import ModelConfig, build, in_precision, masked_target, parameter_groups
-from Samplers import code_passes, image_losses
+from Models import ModelConfig, build, in_precision, parameter_groups
+from Samplers import code_passes, image_losses, sort_keys
 from Utils import (
     Forecast,
     RunError,
@@ -106,45 +106,26 @@ def choose_codes(
     codes_per_pass,
     mask_ratio=0.75,
     predict_ratio=1.0,
-    tries=None,
     rs_epsilon=0.0,
     prefix=None,
 ):
-    """IMLE's choice for one chunk on the model's device: of codes_per_image codes, each image's
-    nearest; with `tries`, the nearest of so many that Samplers.search takes for the best.
+    """IMLE's choice (Li & Malik 2018) for one chunk on the model's device: of codes_per_image codes
+    from the prior, the one whose completion is nearest to the image. rs_epsilon: see
+    Samplers.sort_keys; prefix: model.prefix of the images, if it is computed already.
 
     images (N,3,H,W) normalised, mask_noise (N,L), seeds (N,) int64 -> chosen codes (N,D), their
-    losses (N,), the mean loss over all codes (N,), over those tried at random with `tries`.
-    rs_epsilon: see Samplers.ranks. `prefix`: model.prefix of these images (the network up to the
-    first injection, once per image), where it is known."""
-    if prefix is None:
+    numbers (N,) int64 in the seeds' sequences, their losses (N,), the mean loss over codes (N,)."""
+    if prefix is None:  # the network up to the first injection, once per image
         prefix = model.prefix(images, mask_noise, mask_ratio, predict_ratio)
-    attempt = partial(try_codes, model, prefix, images, seeds, codes_per_pass)
-    numbers = torch.arange(codes_per_image, device=images.device).expand(len(images), -1)
-    if tries is None:
-        _, losses = attempt(numbers)
-        mean = losses.mean(1)
-    else:
-        features = model.code_features(model.numbered_codes(seeds, numbers))
-        kernel = Samplers.kernel_matrix(features)
-        attempt = partial(attempt, keep=True)
-        numbers, losses = Samplers.search(attempt, kernel, tries, rs_epsilon)
-        mean = losses[:, : Samplers.n_random(tries)].mean(1)
-    choice = Samplers.ranks(losses, rs_epsilon).argmin(1, keepdim=True)  # (N, 1)
-    codes = model.numbered_codes(seeds, numbers.gather(1, choice))
-    return codes[:, 0], numbers.gather(1, choice)[:, 0], losses.gather(1, choice)[:, 0], mean
-
-
-def try_codes(model, prefix, images, seeds, codes_per_pass, numbers, keep=False):
-    """Tries the codes of these numbers (N,k): where `keep`, the completions' residuals
-    (N,k,M*P*P*3), else None; losses (N,k)."""
-    kept, losses = [], []
-    for pred, pass_losses in code_passes(model, prefix, images, seeds, codes_per_pass, numbers):
-        losses.append(pass_losses)
-        if keep:
-            target = masked_target(images, prefix.mask, pred, model.config.norm_pix_loss)
-            kept.append((pred - target).flatten(2))
-    return torch.cat(kept, dim=1) if keep else None, torch.cat(losses, dim=1)
+    numbers = torch.arange(codes_per_image, device=images.device).expand(len(images), -1)  # (N, K)
+    losses = []
+    for codes in code_passes(model, prefix, seeds, numbers, codes_per_pass):
+        pred = model.suffix(prefix, codes)  # (N, k, M, P*P*3)
+        losses.append(image_losses(model, pred, images, prefix.mask))
+    losses = torch.cat(losses, dim=1)  # (N, K)
+    chosen = sort_keys(losses, rs_epsilon).argmin(dim=1, keepdim=True)  # (N, 1)
+    codes = model.numbered_codes(seeds, chosen)
+    return codes[:, 0], chosen[:, 0], losses.gather(1, chosen)[:, 0], losses.mean(1)
 
 
 LEAST_SCALE = 2**-4  # of float16's loss: gradients that overflow at this scale are not finite
@@ -260,7 +241,7 @@ def choose_pool_codes(
         return
     choose = choose_codes
     if tries is not None:
-        choose = partial(choose_codes, tries=tries)
+        choose = partial(Samplers.choose_codes_surrogate, tries=tries)
     start, fast_model = time.perf_counter(), in_precision(model, dtype)
     numbers, losses = progress.codes.to(device), progress.code_losses.to(device)
     chunks = loader.chunks(pool.indices[missing], pool.seeds[missing], images_per_pass)

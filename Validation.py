@@ -41,9 +41,9 @@ def examples(images, count, transform, *, seed, num_workers=0, timeout=0, stoppi
 
 @torch.no_grad()
 def evaluate(model, images, mask_noise, seeds, *, codes_per_image, codes_per_pass, mask_ratio):
-    """(N, 4) for one chunk: loss averaged over codes, of the best code, without code; standard
-    deviation of the completions over codes, averaged over masked values. codes_per_image=0: without
-    codes only."""
+    """Evaluates one chunk: (N, 4) with the loss averaged over codes, the loss of the best code, the
+    loss without code, and the standard deviation of completions over codes, averaged over masked
+    values. codes_per_image=0: evaluates without code only."""
     prefix = model.prefix(images, mask_noise, mask_ratio)
     plain = model.suffix(prefix, None).float()  # (N, M, P*P*3)
     plain_loss = image_losses(model, plain, images, prefix.mask)
@@ -54,10 +54,12 @@ def evaluate(model, images, mask_noise, seeds, *, codes_per_image, codes_per_pas
     best, total = torch.full_like(plain_loss, math.inf), torch.zeros_like(plain_loss)
     first_moment, second_moment = torch.zeros_like(plain), torch.zeros_like(plain)
     numbers = torch.arange(codes_per_image, device=images.device).expand(len(images), -1)
-    for pred, losses in code_passes(model, prefix, images, seeds, codes_per_pass, numbers):
+    for codes in code_passes(model, prefix, seeds, numbers, codes_per_pass):
+        pred = model.suffix(prefix, codes)  # (N, k, M, P*P*3)
+        losses = image_losses(model, pred, images, prefix.mask)
         total += losses.sum(1)
         best = torch.minimum(best, torch.where(losses.isfinite(), losses, math.inf).min(1).values)
-        # To the completion without code: small numbers, whose squares lose nothing.
+        # Differences to the prediction without code keep the variance precise.
         difference = pred.float() - plain[:, None]
         first_moment += difference.sum(1)
         second_moment += difference.square().sum(1)

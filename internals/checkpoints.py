@@ -270,6 +270,7 @@ class Keeper:
     def after_step(self):
         """Stops the run if it was asked to; saves if save_minutes have passed."""
         self.stop.check()
+        self.count_time()
         if time.monotonic() > self.next_save:
             self.try_to_save()
 

@@ -76,11 +76,11 @@ def brute_force(model, images, mask_noise, seeds, n_codes):
 @torch.no_grad()
 def test_the_nearest_of_all_codes_is_chosen_however_they_are_cut(model, chunk, codes_per_pass):
     losses = brute_force(model, *chunk, 10)
-    codes, _, best, mean = TrainIMLE.choose_codes(
+    codes, numbers, best, mean = TrainIMLE.choose_codes(
         model, *chunk, codes_per_image=10, codes_per_pass=codes_per_pass
     )
     expected = model.sample_codes(chunk[2], 10)[torch.arange(5), losses.argmin(1)]
-    assert torch.equal(codes, expected)
+    assert torch.equal(codes, expected) and torch.equal(numbers, losses.argmin(1))
     torch.testing.assert_close(best, losses.min(1).values)
     torch.testing.assert_close(mean, losses.mean(1))
 
@@ -100,7 +100,7 @@ def test_a_loss_that_is_not_finite_never_wins(model, chunk, monkeypatch):
                 result[n, k - first] = (math.nan, -math.inf)[n % 2]
         return result
 
-    monkeypatch.setattr(Samplers, "image_losses", broken)
+    monkeypatch.setattr(TrainIMLE, "image_losses", broken)
     codes, _, best, _ = TrainIMLE.choose_codes(model, *chunk, codes_per_image=6, codes_per_pass=2)
     second = losses.scatter(1, worst[:, None], math.inf).argmin(1)
     assert torch.equal(codes, model.sample_codes(chunk[2], 6)[torch.arange(5), second])
@@ -128,12 +128,12 @@ def test_the_surrogate_chooses_nearly_as_well_as_all_codes_by_a_fifth_of_the_tri
     chunk = digits(40)
     images, mask_noise, indices = chunk
     prefix, numbers = model.prefix(images, mask_noise), torch.arange(128).expand(40, -1)
-    _, losses = TrainIMLE.try_codes(model, prefix, images, indices, 16, numbers)
+    _, losses = Samplers.try_codes(model, prefix, images, indices, numbers, 16)
     best, mean = losses.min(1).values, losses.mean(1)
-    codes, _, chosen, first = TrainIMLE.choose_codes(
+    codes, number, chosen, first = Samplers.choose_codes_surrogate(
         model, *chunk, codes_per_image=128, codes_per_pass=16, tries=25
     )
-    number = (model.sample_codes(indices, 128) == codes[:, None]).all(-1).float().argmax(1)
+    assert torch.equal(codes, model.sample_codes(indices, 128)[torch.arange(40), number])
     torch.testing.assert_close(chosen, losses[torch.arange(40), number], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(first, losses[:, :8].mean(1), atol=1e-5, rtol=1e-4)
     regret = (chosen - best).sum() / (mean - best).sum()
@@ -149,34 +149,49 @@ def test_the_surrogate_looks_for_codes_that_are_not_too_near(model):
     epsilon = losses.quantile(0.3).item()
     options = {"codes_per_image": 64, "codes_per_pass": 16, "rs_epsilon": epsilon}
     _, _, expected, _ = TrainIMLE.choose_codes(model, *chunk, **options)
-    _, _, chosen, _ = TrainIMLE.choose_codes(model, *chunk, **options, tries=24)
+    _, _, chosen, _ = Samplers.choose_codes_surrogate(model, *chunk, **options, tries=24)
     eligible = (losses >= epsilon).any(1)
     assert eligible.sum() > 8 and (chosen[eligible] >= epsilon).all()
     assert ((chosen - expected) / losses.std(1))[eligible].mean() < 0.3
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tries", [1, 2, 5, 10])
-def test_the_surrogate_never_tries_a_code_twice_and_takes_the_nearest_of_the_tried(
-    model, chunk, tries
+@pytest.mark.parametrize("rs_epsilon", [0.0, 0.8])
+def test_the_surrogate_that_tries_all_codes_chooses_as_the_exhaustive_sampler(
+    model, chunk, rs_epsilon
 ):
-    losses = brute_force(model, *chunk, 10)
-    tried = []
+    options = {"codes_per_image": 10, "codes_per_pass": 4, "rs_epsilon": rs_epsilon}
+    exhaustive = TrainIMLE.choose_codes(model, *chunk, **options)
+    surrogate = Samplers.choose_codes_surrogate(model, *chunk, **options, tries=10)
+    assert torch.equal(exhaustive[0], surrogate[0]) and torch.equal(exhaustive[1], surrogate[1])
+    torch.testing.assert_close(exhaustive[2], surrogate[2])
 
-    def attempt(numbers):
+
+@torch.no_grad()
+@pytest.mark.parametrize("tries", [1, 2, 5, 10])
+@pytest.mark.parametrize("residual", ["known", "no number", "codes change nothing"])
+def test_the_surrogate_never_tries_a_code_twice_and_takes_the_nearest_of_the_tried(
+    model, chunk, monkeypatch, tries, residual
+):
+    losses, tried = brute_force(model, *chunk, 10), []
+
+    def try_codes(model, prefix, images, seeds, numbers, codes_per_pass):
         tried.append(numbers)
-        return torch.randn(5, numbers.shape[1], 7), losses.gather(1, numbers)
+        residuals = torch.randn(5, numbers.shape[1], 7)
+        residuals = residuals * math.nan if residual == "no number" else residuals
+        return residuals, losses.gather(1, numbers)
 
-    features = model.code_features(model.sample_codes(chunk[2], 10))
-    kernel = Samplers.kernel_matrix(features)
-    numbers, found = Samplers.search(attempt, kernel, tries)
-    assert torch.equal(numbers, torch.cat(tried, dim=1)) and numbers.shape == (5, tries)
+    monkeypatch.setattr(Samplers, "try_codes", try_codes)
+    if residual == "codes change nothing":
+        monkeypatch.setattr(model, "code_features", lambda codes: 0 * codes)
+    _, chosen, best, _ = Samplers.choose_codes_surrogate(
+        model, *chunk, codes_per_image=10, codes_per_pass=4, tries=tries
+    )
+    numbers = torch.cat(tried, dim=1)
+    assert numbers.shape == (5, tries)
     assert all(len(set(row)) == tries for row in numbers.tolist())
-    assert torch.equal(found, losses.gather(1, numbers))
-    # Where nothing is known: codes that do nothing yet, and losses that are no numbers.
-    broken = partial(Samplers.search, lambda n: (torch.full((5, n.shape[1], 7), math.nan), n))
-    for search, k in ((partial(Samplers.search, attempt), 0 * kernel), (broken, kernel)):
-        assert all(len(set(row)) == tries for row in search(k, tries)[0].tolist())
+    assert torch.equal(best, losses.gather(1, numbers).min(1).values)
+    assert torch.equal(best, losses.gather(1, chosen[:, None])[:, 0])
 
 
 def test_losses_are_predicted_exactly_where_completions_are_linear_in_the_features():
@@ -196,8 +211,7 @@ def test_low_precision_hardly_changes_the_quality_of_the_choice(model):
     chunk = digits(25)
     losses = brute_force(model, *chunk, 16)
     low = Models.in_precision(model, torch.bfloat16)
-    codes, _, _, _ = TrainIMLE.choose_codes(low, *chunk, codes_per_image=16, codes_per_pass=16)
-    chosen = (model.sample_codes(chunk[2], 16) == codes[:, None]).all(-1).float().argmax(1)
+    _, chosen, _, _ = TrainIMLE.choose_codes(low, *chunk, codes_per_image=16, codes_per_pass=16)
     regret = losses[torch.arange(25), chosen] - losses.min(1).values
     assert regret.sum() / (losses.mean(1) - losses.min(1).values).sum() < 0.01
 
@@ -471,7 +485,7 @@ def test_on_a_gpu_nothing_is_mixed_with_the_cpu():
         pixels = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
         results = [
             *TrainIMLE.choose_codes(model, *chunk, **options),
-            *TrainIMLE.choose_codes(model, *chunk, **options, tries=4, rs_epsilon=0.1),
+            *Samplers.choose_codes_surrogate(model, *chunk, **options, tries=4, rs_epsilon=0.1),
             Validation.evaluate(model, *chunk, **options, mask_ratio=0.75),
             Models.completions(model, *chunk[:2], model.sample_codes(chunk[2], 4), 0.75),
             model.encode(chunk[0], model.sample_codes(chunk[2], 1)[:, 0]),
