@@ -44,33 +44,29 @@ SMALLEST_CROP = 0.08  # of MAE's probe, as a share of the image; MAE's pretraini
 # The training loop.
 
 
+# fmt: off
 def train_heads(heads, optimizer, batches, evaluate, keeper, *, epochs, warmup_epochs):
     """Trains the heads from where keeper.progress stands. evaluate(): an epoch's metrics, each a
     list with one value per head."""
     progress, steps = keeper.progress, batches.steps
+    rate = partial(
+        Utils.learning_rate, base=1.0, minimum=0.0, start=0, ramp=warmup_epochs * steps,
+        total=epochs * steps, cycles=1, ramp_from_minimum=True,
+    )
     for epoch in range(progress.epoch, epochs):
         for features, labels in batches(epoch, first=progress.epoch_step):
-            rate = Utils.learning_rate(
-                progress.step,
-                base=1.0,
-                minimum=0.0,
-                start=0,
-                ramp=warmup_epochs * steps,
-                total=epochs * steps,
-                cycles=1,
-                ramp_from_minimum=True,
-            )
-            losses = train_step(heads, optimizer, features, labels, rate)
+            losses = train_step(heads, optimizer, features, labels, rate(progress.step))
             progress.step_done({"training_loss": losses.cpu()})
             keeper.after_step()
         metrics = {"training_loss": progress.epoch_done()["training_loss"].tolist(), **evaluate()}
         best = max(range(len(metrics["top1"])), key=metrics["top1"].__getitem__)
         line = f"best top-1 {metrics['top1'][best]:.4f}, this head's training loss "
-        line += f"{metrics['training_loss'][best]:.4f}; {batches.pace.text()}"
+        line += f"{metrics['training_loss'][best]:.4f}{batches.pace.text()}"
         metrics = {name: json_numbers(values) for name, values in metrics.items()}
         keeper.after_epoch(metrics, line, epochs=epochs)
 
 
+# fmt: on
 def json_numbers(values):
     """A list of numbers with None for those that are not finite, which JSON can't hold."""
     return [value if math.isfinite(value) else None for value in values]
@@ -102,10 +98,12 @@ class Pace:
             yield batch
 
     def text(self):
-        """Such as "1,234 images/s, waiting for data 5%"."""
+        """Such as "; 1,234 images/s, waiting for data 5%"; empty if there were no images."""
+        if not self.images:
+            return ""
         seconds = time.perf_counter() - self.start
         speed = self.images * world_size() / seconds
-        return f"{speed:,.0f} images/s, waiting for data {self.waited / seconds:.0%}"
+        return f"; {speed:,.0f} images/s, waiting for data {self.waited / seconds:.0%}"
 
 
 @dataclass
@@ -150,21 +148,17 @@ class Encoder:
         """Features (n, parts, dim) and labels (n,) of images indices (n,) with the test transform,
         on the device. title: of these images, for messages."""
         pace = Pace(self.device)
+        loader, seeds = self.loader(images, training=False), self.seeds(0, indices)
+        # fmt: off
         features = extract(
-            self.model,
-            self.loader(images, training=False),
-            indices,
-            self.seeds(0, indices),
-            device=self.device,
-            batch_size=self.images_per_pass,
-            parts=self.parts,
-            n_codes=self.n_codes,
-            pace=pace,
+            self.model, loader, indices, seeds, device=self.device, parts=self.parts,
+            batch_size=self.images_per_pass, n_codes=self.n_codes, pace=pace,
         )
+        # fmt: on
         self.stop.check()
         if not features.isfinite().all():
             raise RunError(f"the features of {title} images are not finite numbers")
-        say(f"features of {len(indices):,} {title} images: {pace.text()}")
+        say(f"features of {len(indices):,} {title} images{pace.text()}")
         return features, torch.as_tensor(images.targets)[indices].to(self.device)
 
 
@@ -211,8 +205,8 @@ class Batches:
         images = Data.copied(images, encoder.device)
         images = iter(Utils.watch(images, f"epoch {epoch + 1}", len(indices)))
         for _ in order:
-            shape = self.batch_size, len(encoder.parts), encoder.model.config.dim
-            features = torch.zeros(shape, device=encoder.device)
+            shape = len(encoder.parts), encoder.model.config.dim
+            features = torch.zeros(self.batch_size, *shape, device=encoder.device)
             for part in passes:
                 rows, pixels = next(images)
                 features[part] = image_features(
@@ -238,19 +232,10 @@ class Plan(NamedTuple):
     held_out: torch.Tensor  # indices of the images on which the best head is chosen
 
 
+# fmt: off
 def make_plan(
-    model,
-    images_tr,
-    *,
-    pools,
-    default_pool,
-    learning_rates,
-    weight_decays,
-    hold_out,
-    epochs,
-    warmup_epochs,
-    batch_size,
-    seed,
+    model, images_tr, *, pools, default_pool, learning_rates, weight_decays, hold_out, epochs,
+    warmup_epochs, batch_size, seed,
 ):
     """The Plan of a probe; an InputError if it does not fit the model or the images. hold_out: a
     share of each class. pools, epochs, warmup_epochs and batch_size may be None: defaults."""
@@ -278,6 +263,7 @@ def make_plan(
     return Plan(specs, parts, epochs, warmup_epochs, batch_size, train, held_out)
 
 
+# fmt: on
 def split_images(labels, share, seed):
     """labels (n,) -> indices of the images that train, and of those held out: a share of each
     class, at least one of a class with two images, chosen by seed."""
@@ -308,67 +294,61 @@ def probe_folder(save_folder, model_name, data_tr, model, settings):
 # One probe, put together.
 
 
-# What a probe's checkpoint holds.
-CHECKPOINT_PARTS = {"heads", "optimizer", "progress", "args", "metrics_size"}
-
-
 def full_probe(encoder, images_tr, images_val, plan, folder, *, name, keep_gb, save_minutes, flags):
     """Trains the heads of a Plan on an Encoder's features. Returns the result as plain data, and
     leaves it in `folder`, where a probe that was stopped goes on. name: of the model; keep_gb:
     memory for features on the device, in GB; flags: a dict, for config.json."""
-    heads = Heads(
-        plan.specs, plan.parts, len(images_tr.classes), encoder.model.config.dim, seed=encoder.seed
-    ).to(encoder.device)
+    shape = len(images_tr.classes), encoder.model.config.dim
+    heads = Heads(plan.specs, plan.parts, *shape, seed=encoder.seed).to(encoder.device)
     optimizer, progress = lars(heads, plan.specs, plan.batch_size), Progress()
-    checkpoints = Checkpoints(
-        folder, heads=heads, optimizer=optimizer, progress=progress, args=flags
-    )
-    start = on_all_processes(lambda: find_in_folder(folder, CHECKPOINT_PARTS), CHECKPOINT_PARTS)
+    parts = {"heads": heads, "optimizer": optimizer, "progress": progress, "args": flags}
+    checkpoints, names = Checkpoints(folder, **parts), parts.keys() | {"metrics_size"}
+    start = on_all_processes(lambda: find_in_folder(folder, names), names)
     if start.checkpoint:
         checkpoints.restore(start.checkpoint)
     with Run(start, flags, curves=False) as run:
-        say(
-            f"going on after step {progress.step} in {folder}"
-            if progress.step
-            else f"new: {folder}"
-        )
+        going_on = f"going on after step {progress.step} in {folder}"
+        say(going_on if start.checkpoint else f"new: {folder}")
         test = encoder.test_features("validation", images_val, torch.arange(len(images_val)))
-        held_out = None
+        test_sets = {"": test}
         if len(plan.held_out):
-            held_out = encoder.test_features("held-out", images_tr, plan.held_out)
-        evaluate = partial(evaluate_heads, heads, test, held_out)
+            test_sets["held_out_"] = encoder.test_features("held-out", images_tr, plan.held_out)
+        evaluate = partial(evaluate_heads, heads, test_sets)
         batches = make_batches(encoder, images_tr, plan, keep_gb)
         keeper = Keeper(run, checkpoints, progress, encoder.stop, save_minutes=save_minutes)
         with keeper.saving_at_the_end():
+            # fmt: off
             train_heads(
-                heads,
-                optimizer,
-                batches,
-                evaluate,
-                keeper,
-                epochs=plan.epochs,
-                warmup_epochs=plan.warmup_epochs,
+                heads, optimizer, batches, evaluate, keeper,
+                epochs=plan.epochs, warmup_epochs=plan.warmup_epochs,
             )
+            # fmt: on
         metrics = evaluate()
         best = choose(metrics, len(plan.held_out))
         knn = knn_accuracy(encoder, images_tr, plan, plan.specs[best].pool, batches, test, keep_gb)
-        result = {"model": name, "probe": "full", "folder": str(folder)}
-        result |= summary(plan, metrics, best, knn, len(images_tr), len(images_val))
+        table = heads_table(plan.specs, metrics)
+        # fmt: off
+        result = {
+            "model": name, "probe": "full", "folder": str(folder), **table[best], "knn": knn,
+            "n_train": len(images_tr), "n_held_out": len(plan.held_out), "n_val": len(images_val),
+            "epochs": plan.epochs, "batch_size": plan.batch_size, "best": best, "heads": table,
+        }
+        # fmt: on
         if rank() == 0:
             predicted = heads.predict(test[0], best)
             write_result(folder, result, metrics, confusion(test[1], predicted, images_tr.classes))
-    print_table(result)
+    print_table(table, best)
     return result
 
 
-def evaluate_heads(heads, test, held_out):
-    """{metric: values of all heads} on the test features and, as held_out_..., on the held-out
-    ones, both (features, labels) or None."""
-    metrics = heads.evaluate(*test)
-    if held_out is not None:
-        values = heads.evaluate(*held_out)
-        metrics |= {f"held_out_{name}": value for name, value in values.items()}
-    return metrics
+def evaluate_heads(heads, test_sets):
+    """{metric: list of one value per head}. test_sets: prefix of the metrics' names -> (features,
+    labels)."""
+    return {
+        prefix + name: values
+        for prefix, test in test_sets.items()
+        for name, values in heads.evaluate(*test).items()
+    }
 
 
 def make_batches(encoder, images_tr, plan, keep_gb):
@@ -412,26 +392,21 @@ def knn_accuracy(encoder, images_tr, plan, pool, batches, test, keep_gb):
 # The result.
 
 
-def summary(plan, metrics, best, knn, n_train, n_val):
-    """The result: the best head's accuracies and settings, and those of all heads."""
-    reported = [name for name in ("held_out_top1", "top1", "top5") if name in metrics]
-    heads = [
-        {**spec._asdict(), **{name: metrics[name][i] for name in reported}}
-        for i, spec in enumerate(plan.specs)
+def heads_table(specs, metrics):
+    """A dict for each head: its settings and its accuracies as fractions."""
+    names = [name for name in ("held_out_top1", "top1", "top5") if name in metrics]
+    return [
+        {**spec._asdict(), **{name: metrics[name][number] for name in names}}
+        for number, spec in enumerate(specs)
     ]
-    return {
-        "top1": metrics["top1"][best],
-        "top5": metrics["top5"][best],
-        "knn": knn,
-        "n_train": n_train,
-        "n_held_out": len(plan.held_out),
-        "n_val": n_val,
-        **plan.specs[best]._asdict(),
-        "epochs": plan.epochs,
-        "batch_size": plan.batch_size,
-        "best": best,
-        "heads": heads,
-    }
+
+
+def print_table(table, best):
+    """Prints the table of all heads."""
+    say("  ".join(f"{name:>13}" for name in table[0]))
+    for number, head in enumerate(table):
+        cells = (value if isinstance(value, str) else f"{value:.4g}" for value in head.values())
+        say("  ".join(f"{cell:>13}" for cell in cells) + "  <- best" * (number == best))
 
 
 def confusion(labels, predicted, classes, most=10):
@@ -465,23 +440,3 @@ def write_result(folder, result, metrics, confusion):
     draw_probe(folder / "probe.png", result, history, confusion)
     for path in checkpoint_paths(folder):
         path.unlink()
-
-
-HEADINGS = {
-    "pool": "pool",
-    "lr": "lr",
-    "wd": "wd",
-    "held_out_top1": "held out",
-    "top1": "top-1",
-    "top5": "top-5",
-}
-
-
-def print_table(result):
-    """Prints the settings and accuracies of all heads."""
-    names = [name for name in HEADINGS if name in result["heads"][0]]
-    say("  ".join(f"{HEADINGS[name]:>8}" for name in names))
-    for number, head in enumerate(result["heads"]):
-        values = [head[name] for name in names]
-        cells = [f"{x:>8}" if isinstance(x, str) else f"{x:8.4g}" for x in values]
-        say("  ".join(cells) + "  <- best" * (number == result["best"]))

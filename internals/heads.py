@@ -53,12 +53,11 @@ class Heads(nn.Module):
         per head. Accuracies are fractions."""
         self.eval()
         sums = torch.zeros(3, len(self.linears), dtype=torch.float64, device=features.device)
-        for x, y in zip(
-            features.split(IMAGES_PER_PASS), labels.split(IMAGES_PER_PASS), strict=True
-        ):
-            for number, logits in enumerate(self(x)):
+        for rows in torch.arange(len(labels), device=labels.device).split(IMAGES_PER_PASS):
+            truth = labels[rows]
+            for number, logits in enumerate(self(features[rows])):
                 best = logits.topk(min(5, logits.shape[1])).indices  # (n, 5)
-                hits, loss = best == y[:, None], F.cross_entropy(logits, y, reduction="sum")
+                hits, loss = best == truth[:, None], F.cross_entropy(logits, truth, reduction="sum")
                 sums[:, number] += torch.stack([hits[:, 0].sum(), hits.sum(), loss])
         self.train()
         return dict(zip(("top1", "top5", "loss"), (sums / len(labels)).tolist(), strict=True))
