@@ -216,13 +216,6 @@ def run_fast_probe(flags, model, images_tr, images_val, device):
     return {"probe": "fast", **probe(model), "n_train": n_train, "n_val": n_val}
 
 
-# Flags that change neither heads nor features: a probe may go on with other values of these.
-CHANGEABLE = frozenset(
-    "gpus processes num_workers save_folder save_minutes keep_gb fast val_n_way val_n_shot "
-    "probe_lr probe_epochs probe_bs probe_augs_per_image".split()
-)
-
-
 def run_full_probe(flags, model, images_tr, images_val, device, stop):
     """The full probe's result."""
     plan = make_plan(
@@ -236,7 +229,8 @@ def run_full_probe(flags, model, images_tr, images_val, device, stop):
         images_per_pass=flags.probe_bs_val, use_augs=flags.use_augs, seed=flags.seed,
         num_workers=flags.num_workers, loader_timeout=flags.loader_timeout, stop=stop,
     )
-    settings = {name: value for name, value in vars(flags).items() if name not in CHANGEABLE}
+    changeable = IO.changeable_flags(IO.probe_parser())
+    settings = {name: value for name, value in vars(flags).items() if name not in changeable}
     sizes = [(len(images), list(images.classes)) for images in (images_tr, images_val)]
     folder = probe_folder(
         flags.save_folder, flags.model, flags.data_tr, model=model, settings=[settings, sizes],

@@ -414,11 +414,14 @@ def run(flags, images_tr, images_val):
     device = join_processes(flags.gpus)
     flags = from_first_process(flags)  # one uid, where each process drew its own
     start = locate_run(
-        "TrainIMLE", flags, changeable=runs.CHANGEABLE, architecture=runs.ARCHITECTURE
+        "TrainIMLE",
+        flags,
+        changeable=IO.changeable_flags(IO.training_parser()),
+        architecture=IO.architecture_flags(),
     )
     sample_dtype = choose_dtype(flags.sample_dtype, device)
     step_dtype = fastest_dtype(device) if flags.fp16 else torch.float32
-    run, stop = runs.Run(start, vars(flags)), StopSignal()
+    run, stop = runs.Run(start, vars(flags), wandb=flags.wandb), StopSignal()
     validation = make_validation(flags, run, stop, images_tr, images_val, device, sample_dtype)
     loader = Data.ImageLoader(
         images_tr,
