@@ -337,7 +337,7 @@ def test_every_flag_is_read_somewhere():
     in_models = {field.name for field in dataclasses.fields(Models.ModelConfig)}
     for parser in IO.training_parser(), IO.probe_parser():
         for name in (action.dest for action in declared(parser)):
-            read = rf"\b(flags|args)(\.{name}\b|\[\"{name}\"\])(?! = )"
+            read = rf"\b(flags|args|new)(\.{name}\b|\[\"{name}\"\])(?! = )"
             assert name in in_models or re.search(read, sources), f"nothing reads --{name}"
 
 
