@@ -1,4 +1,4 @@
-"""The full probe: its heads against MAE's recipe written out, the command against itself."""
+"""The full probe: its heads equal MAE's recipe written out; its command goes on after a stop."""
 
 import csv
 import io
@@ -39,14 +39,14 @@ CPU_DEVICE = torch.device("cpu")
 
 
 def probe(*flags):
-    """What a LinearProbe.py command says in its last line."""
+    """Runs a LinearProbe.py command; its result, the last line of the output."""
     done = command(*DEMO_DATA, *flags, program=PROGRAM)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture
 def probe_here(monkeypatch, capsys):
-    """The same, in this process."""
+    """As `probe`, in this process."""
     monkeypatch.chdir(ROOT)
 
     def run(*flags):
@@ -149,7 +149,7 @@ def test_heads_side_by_side_learn_as_each_alone_by_mae_s_recipe(images_per_pass,
         rate = rate_of(step, steps=2, warmup=2, epochs=6)
         losses.append(train_step(heads, optimizer, features[rows], labels[rows], rate))
     columns = {"cls": features[:, 0], "mean": features[:, 1], "both": features.flatten(1)}
-    found = heads.evaluate(features, labels)
+    metrics = heads.evaluate(features, labels)
     for number, (spec, start) in enumerate(zip(specs, starts, strict=True)):
         expected, norm, linear = plain_probe(
             *(columns[spec.pool], labels, start),
@@ -166,9 +166,9 @@ def test_heads_side_by_side_learn_as_each_alone_by_mae_s_recipe(images_per_pass,
         torch.testing.assert_close(heads.linears[number].bias, linear.bias)
         logits = linear(norm(columns[spec.pool]))
         ranked = logits.argsort(dim=1, descending=True)
-        assert found["top1"][number] == (ranked[:, 0] == labels).double().mean()
-        assert found["top5"][number] == (ranked[:, :5] == labels[:, None]).any(1).double().mean()
-        assert found["loss"][number] == pytest.approx(F.cross_entropy(logits, labels).item())
+        assert metrics["top1"][number] == (ranked[:, 0] == labels).double().mean()
+        assert metrics["top5"][number] == (ranked[:, :5] == labels[:, None]).any(1).double().mean()
+        assert metrics["loss"][number] == pytest.approx(F.cross_entropy(logits, labels).item())
         assert torch.equal(heads.predict(features, number), ranked[:, 0])
 
 
@@ -241,15 +241,15 @@ def test_the_worst_classes_and_what_they_are_taken_for():
 def demo_features():
     """(features (n, 2, C), labels) of the demo's training images, 50 of each class, as a command's
     --train_n_shot 50 chooses them, and of its validation images, alone."""
-    model, found = encoders.load_encoder(str(ROOT / "demo/imle_mnist.pt")), []
+    model, sets = encoders.load_encoder(str(ROOT / "demo/imle_mnist.pt")), []
     train = Data.few_shot(Data.open_images(ROOT / "demo/mnist_train.tar"), -1, 50, 0)
     for images in train, Data.open_images(ROOT / "demo/mnist_val.tar"):
         indices = torch.arange(len(images))
         loader = Data.ImageLoader(images, resize((28, 28)), num_workers=0)
         options = {"device": CPU_DEVICE, "batch_size": 250, "parts": ("cls", "mean")}
         features = encoders.extract(model, loader, indices, indices, **options)
-        found.append((features, torch.as_tensor(images.targets)))
-    return found
+        sets.append((features, torch.as_tensor(images.targets)))
+    return sets
 
 
 def test_the_command_follows_mae_s_recipe_step_by_step(tmp_path, probe_here, demo_features):
@@ -398,11 +398,11 @@ def test_each_epoch_crops_an_image_anew_by_seed_epoch_and_image_alone():
     assert [len(epoch) for epoch in epochs] == [2, 2]
     (again,) = batches(1, first=1)  # as after a stop
     assert torch.equal(again[0], epochs[1][1][0])
-    for epoch, found in enumerate(epochs):
-        names = torch.cat([labels for _, labels in found])
+    for epoch, batches_of_epoch in enumerate(epochs):
+        names = torch.cat([labels for _, labels in batches_of_epoch])
         assert len(names.unique()) == 6
         for name, feature in zip(
-            names, torch.cat([features for features, _ in found]), strict=True
+            names, torch.cat([features for features, _ in batches_of_epoch]), strict=True
         ):
             seed = encoder.seeds(epoch, indices[name])
             with seeded(seed):
@@ -424,7 +424,7 @@ def test_features_that_are_too_many_to_keep_are_computed_again(tmp_path, probe_h
 
 
 class StopAfter:
-    """A StopSignal that comes when so many checks are over."""
+    """A StopSignal that stops the probe at its check number `checks`."""
 
     def __init__(self, checks):
         self.left = checks
@@ -454,10 +454,10 @@ def test_a_probe_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch, use
         return LinearProbe.run_full_probe(flags, model, *images, CPU_DEVICE, StopAfter(checks))
 
     whole = run(tmp_path / "whole", -1)
-    torch.manual_seed(7)  # what happened in between has no say
+    torch.manual_seed(7)  # the global random state does not matter
     for _ in range(2):  # inside an epoch of two steps, and at its end
         with pytest.raises(Stopped, match="stopped after step .*, saved in"):
-            run(tmp_path / "parts", 3 if use_augs else 4)  # one after each known set of features
+            run(tmp_path / "parts", 3 if use_augs else 4)  # one check after each set of features
     parts = run(tmp_path / "parts", -1)
     assert without_time(parts) == without_time(whole)
     histories = [
@@ -483,8 +483,10 @@ def test_a_signal_stops_the_command_which_then_goes_on(tmp_path, processes):
         if line.startswith("epoch "):
             running.send_signal(signal.SIGTERM)
             break
-    said = running.stdout.read()
-    assert running.wait(60) == 0 and re.search(r"stopped after step (\d+), saved in", said), said
+    output = running.stdout.read()
+    assert running.wait(60) == 0 and re.search(r"stopped after step (\d+), saved in", output), (
+        output
+    )
     done = command(*flags, program=PROGRAM)
     assert "going on after step" in done.stdout
     stopped, whole = json.loads(done.stdout.splitlines()[-1]), tmp_path / "whole"
