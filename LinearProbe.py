@@ -1,22 +1,26 @@
-"""Linear probes: how much of the classes an encoder's features hold, for a linear head and for
-nearest neighbours. Here is the fast probe, which watches training, and the command for it and for
-the full one."""
+"""Linear probes measure how well an encoder's features tell classes apart: the accuracy of a linear
+head on the features, and of nearest neighbours among them.
 
+This file holds the fast probe, which training uses, and the command that runs the fast or the full
+probe; `internals/full_probe.py` holds the full probe."""
+
+import csv
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 
 import Data
 import IO
 import Utils
 from Augmentation import transforms
-from internals import runs
 from internals.encoders import extract, load_encoder, nearest_neighbors
-from internals.full_probe import full_probe
+from internals.full_probe import Encoder, full_probe, make_plan, probe_folder
 from internals.processes import StopSignal, adopt_slurm_step, launch, run_command
 from internals.runs import check_writable
 from Utils import (
@@ -24,7 +28,6 @@ from Utils import (
     Stream,
     choose_dtype,
     join_processes,
-    learning_rate,
     mix_seeds,
     naming,
     permutation,
@@ -45,38 +48,33 @@ def linear_probe(
     weight_decay=0.01,
     seed=0,
 ):
-    """Trains a linear head on features (n, C), labels (n,) by AdamW (warm-up of a tenth, cosine
-    decay), and evaluates it.
+    """Trains a linear head on features (n, C), labels (n,), and evaluates the head on other ones.
+    Returns accuracies as fractions: "top1", "top5", and "knn" of `nearest_neighbors`.
 
-    Returns accuracies as fractions: top1, top5, and knn of `nearest_neighbors`, which needs no
-    training. Features are standardised by the training features' mean and deviation. Its random
-    numbers are its own."""
+    AdamW with warm-up for a tenth of the steps, then cosine decay; features are standardised by
+    mean and deviation of the training features. `seed` determines all random numbers."""
     mean, std = features.mean(0), features.std(0) + 1e-6
     features, features_test = (features - mean) / std, (features_test - mean) / std
     n, n_classes = len(features), int(max(labels.max(), labels_test.max())) + 1
     weight = torch.zeros(n_classes, features.shape[1], device=features.device)
     bias, one_hot = weight.new_zeros(n_classes), torch.eye(n_classes, device=weight.device)
     optimizer = torch.optim.AdamW([weight, bias], weight_decay=weight_decay, fused=True)
-    steps = epochs * -(-n // batch_size)
-    step = 0
+    step, steps = 0, epochs * -(-n // batch_size)
     for epoch in Utils.watch(range(epochs), "probe head", epochs, unit="epochs"):
         order = permutation(n, mix_seeds(seed, Stream.PROBE, epoch)).to(features.device)
         for batch in order.split(batch_size):
-            optimizer.param_groups[0]["lr"] = learning_rate(
+            optimizer.param_groups[0]["lr"] = Utils.learning_rate(
                 step, base=lr, minimum=0, start=0, ramp=steps // 10, total=steps, cycles=1
             )
-            # The gradient of the mean cross entropy, by hand: in such small steps autograd would
-            # take half of the time.
+            # The gradient of the mean cross entropy, by hand: autograd would take half of the time
+            # of such small steps.
             x = features[batch]
             error = (F.linear(x, weight, bias).softmax(1) - one_hot[labels[batch]]) / len(batch)
             weight.grad, bias.grad = error.T @ x, error.sum(0)
             optimizer.step()
             step += 1
-    with torch.no_grad():
-        ranked = F.linear(features_test, weight, bias).argsort(
-            dim=1, descending=True
-        )  # (n_test, n_classes)
-    hits = ranked[:, :5] == labels_test[:, None]
+    logits = F.linear(features_test, weight, bias)  # (n_test, n_classes)
+    hits = logits.argsort(dim=1, descending=True)[:, :5] == labels_test[:, None]
     return {
         "top1": hits[:, 0].double().mean().item(),
         "top5": hits.any(1).double().mean().item(),
@@ -85,50 +83,51 @@ def linear_probe(
 
 
 class FastProbe:
-    """The few-shot probe that watches training. Its images are chosen once; a call with a model
-    gives its accuracies."""
+    """The few-shot probe that training uses. The images are chosen once; each call computes a
+    model's features of these images and trains a head."""
 
+    # fmt: off
     def __init__(
-        self,
-        images_tr,
-        images_val,
-        *,
-        n_way,
-        n_shot,
-        augs_per_image,
-        transform_tr,
-        transform_te,
-        loading,
-        seed,
-        **options,
+        self, images_tr, images_val, *, image_size, device, n_way, n_shot, augs_per_image=1,
+        use_augs=True, images_per_pass, pool="mean", n_codes=0, lr, epochs, batch_size, seed=0,
+        num_workers=0, loader_timeout=0, stopping=lambda: False,
     ):
-        """n_way and n_shot are maxima; loading: keywords of ImageLoader; options: `device`,
-        `batch_size`, `parts` and `n_codes` of extract, and `head`, the keywords of linear_probe."""
+        """n_way, n_shot: the most classes, and training images per class; pool: "mean" of the patch
+        tokens or "cls"; n_codes: number of codes over which features are averaged, 0: no codes; lr,
+        epochs, batch_size: of linear_probe; loader_timeout, stopping: of ImageLoader."""
         n_classes = len(images_tr.classes)
         if n_classes < 2:
             raise InputError(
                 f"--data_tr: a probe needs at least two classes, there is {n_classes}; "
                 "train without a probe by --fast_linear_probe 0"
             )
-        counts = torch.bincount(torch.as_tensor(images_tr.targets))
-        ways, shots = min(n_way, n_classes), min(n_shot, int(counts.min()))
+        smallest_class = int(torch.bincount(torch.as_tensor(images_tr.targets)).min())
+        ways, shots = min(n_way, n_classes), min(n_shot, smallest_class)
         if (ways, shots) != (n_way, n_shot):
             say(f"note: the probe has --val_n_way {ways} classes of --val_n_shot {shots} images")
         train = Data.few_shot(images_tr, ways, shots, seed)
         test = Data.with_classes(images_val, train.classes)
-        self.sets = []  # (loader, indices, seeds, labels) for training and for the test
+        transform_tr, transform_te = transforms(image_size, use_augs)
+        self.sets = []  # (loader, indices, seeds, labels) of the training and of the test images
         for images, transform, copies in (
-            (train, transform_tr, augs_per_image),
-            (test, transform_te, 1),
+            (train, transform_tr, augs_per_image), (test, transform_te, 1)
         ):
             indices = torch.arange(len(images)).repeat(copies)
             seeds = mix_seeds(seed, Stream.PROBE, indices, Data.occurrences(indices))
-            loader = Data.ImageLoader(images, transform, **loading)
-            labels = torch.as_tensor(images.targets)[indices].to(options["device"])
+            labels = torch.as_tensor(images.targets)[indices].to(device)
+            loader = Data.ImageLoader(
+                images, transform, num_workers=num_workers, timeout=loader_timeout,
+                stopping=stopping,
+            )
             self.sets.append((loader, indices, seeds, labels))
-        self.head = {"seed": seed, **options.pop("head")}
-        self.options = options
+        self.extract = partial(
+            extract, device=device, batch_size=images_per_pass, parts=(pool,), n_codes=n_codes
+        )
+        self.train_head = partial(
+            linear_probe, lr=lr, epochs=epochs, batch_size=batch_size, seed=seed
+        )
 
+    # fmt: on
     @property
     def sizes(self):
         """Numbers of training and test images."""
@@ -137,42 +136,24 @@ class FastProbe:
     def __call__(self, model):
         """{"top1", "top5", "knn"} of the model's encoder, fractions."""
         (features, labels), (features_test, labels_test) = (
-            (extract(model, loader, indices, seeds, **self.options)[:, 0], labels)
+            (self.extract(model, loader, indices, seeds)[:, 0], labels)
             for loader, indices, seeds, labels in self.sets
         )
-        return linear_probe(features, labels, features_test, labels_test, **self.head)
+        return self.train_head(features, labels, features_test, labels_test)
 
 
-def fast_probe(flags, images_tr, images_val, size, device, n_codes=1, **loading):
-    """The FastProbe that the probe's flags ask for; n_codes: see extract; loading: more
-    keywords of ImageLoader."""
-    transform_tr, transform_te = transforms(size, flags.use_augs)
-    return FastProbe(
-        images_tr,
-        images_val,
-        n_way=flags.val_n_way,
-        n_shot=flags.val_n_shot,
-        augs_per_image=flags.probe_augs_per_image,
-        transform_tr=transform_tr,
-        transform_te=transform_te,
-        loading={"num_workers": flags.num_workers, "timeout": flags.loader_timeout, **loading},
-        seed=flags.seed,
-        device=device,
-        batch_size=flags.probe_bs_val,
-        parts=("mean",) if flags.global_pool else ("cls",),
-        n_codes=0 if flags.probe_ignore_z else n_codes,
-        head={"lr": flags.probe_lr, "epochs": flags.probe_epochs, "batch_size": flags.probe_bs},
-    )
+# -------------------------------------------------------------------------------------------------
+# The command.
 
 
 def main(argv=None):
-    """Probes an encoder; the last line of the output is a JSON object."""
+    """Probes an encoder. The last line of the output is the result, a JSON object."""
     adopt_slurm_step()
     run_command(lambda: start(IO.parse_probe_flags(argv)))
 
 
 def start(flags):
-    """Opens the data and runs the probe in as many processes as there are devices."""
+    """Opens the data, and runs the probe in one process per device."""
     check_writable(Path(flags.save_folder).expanduser() / "probes")
     images_tr, images_val = Data.open_pair(
         flags.data_tr,
@@ -198,27 +179,89 @@ def start(flags):
 
 
 def run(flags, images_tr, images_val):
-    """One process of a probe."""
-    began = time.perf_counter()
+    """One process of a probe: prints the result and appends it to results.csv."""
+    start_time = time.perf_counter()
     device = join_processes(flags.gpus)
     dtype = choose_dtype(flags.sample_dtype, device)
     with naming("--model"):
         model = load_encoder(flags.model, size=flags.input_size, seed=flags.seed, dtype=dtype)
     model = model.to(device)
     if flags.fast:
-        n_codes, size = flags.probe_codes, model.config.image_size
-        probe = fast_probe(flags, images_tr, images_val, size, device, n_codes)
-        n_train, n_val = probe.sizes
-        result = {"probe": "fast", **probe(model), "n_train": n_train, "n_val": n_val}
+        result = run_fast_probe(flags, model, images_tr, images_val, device)
     else:
         with StopSignal() as stop:
-            result = full_probe(flags, model, images_tr, images_val, device, stop)
-    result = {"model": flags.model, **result, "seconds": round(time.perf_counter() - began, 1)}
+            result = run_full_probe(flags, model, images_tr, images_val, device, stop)
+    seconds = round(time.perf_counter() - start_time, 1)
+    result = {"model": flags.model, **result, "seconds": seconds}
     if rank() == 0:
         path = Path(flags.save_folder).expanduser() / "probes" / "results.csv"
         data = {"data_tr": flags.data_tr, "data_val": flags.data_val, "seed": flags.seed}
-        runs.append_row(path, {**result, **data})
+        append_row(path, {**result, **data})
     say(json.dumps(result))
+
+
+# fmt: off
+def run_fast_probe(flags, model, images_tr, images_val, device):
+    """The fast probe's result."""
+    probe = FastProbe(
+        images_tr, images_val, image_size=model.config.image_size, use_augs=flags.use_augs,
+        n_way=flags.val_n_way, n_shot=flags.val_n_shot, augs_per_image=flags.probe_augs_per_image,
+        device=device, images_per_pass=flags.probe_bs_val,
+        pool="mean" if flags.global_pool else "cls",
+        n_codes=0 if flags.probe_ignore_z else flags.probe_codes,
+        lr=flags.probe_lr, epochs=flags.probe_epochs, batch_size=flags.probe_bs, seed=flags.seed,
+        num_workers=flags.num_workers, loader_timeout=flags.loader_timeout,
+    )
+    n_train, n_val = probe.sizes
+    return {"probe": "fast", **probe(model), "n_train": n_train, "n_val": n_val}
+
+
+def run_full_probe(flags, model, images_tr, images_val, device, stop):
+    """The full probe's result."""
+    plan = make_plan(
+        model, images_tr, pools=flags.pools, default_pool="mean" if flags.global_pool else "cls",
+        learning_rates=flags.lrs, weight_decays=flags.wds, hold_out=flags.hold_out,
+        epochs=flags.epochs, warmup_epochs=flags.warmup_epochs, batch_size=flags.batch_size,
+        seed=flags.seed,
+    )
+    encoder = Encoder(
+        model, device, parts=plan.parts, n_codes=0 if flags.probe_ignore_z else flags.probe_codes,
+        images_per_pass=flags.probe_bs_val, use_augs=flags.use_augs, seed=flags.seed,
+        num_workers=flags.num_workers, loader_timeout=flags.loader_timeout, stop=stop,
+    )
+    changeable = IO.changeable_flags(IO.probe_parser())
+    settings = {name: value for name, value in vars(flags).items() if name not in changeable}
+    sizes = [(len(images), list(images.classes)) for images in (images_tr, images_val)]
+    folder = probe_folder(
+        flags.save_folder, flags.model, flags.data_tr, model=model, settings=[settings, sizes],
+    )
+    return full_probe(
+        encoder, images_tr, images_val, plan, folder, name=flags.model, keep_gb=flags.keep_gb,
+        save_minutes=flags.save_minutes, flags=vars(flags),
+    )
+
+
+# fmt: on
+COLUMNS = (  # of results.csv
+    "model probe top1 top5 knn n_train n_held_out n_val pool lr wd epochs batch_size "
+    "data_tr data_val seed seconds folder".split()
+)
+
+
+def append_row(path, values):
+    """Appends a row of these values, a dict, to a CSV file, under the file's own heading or, in a
+    new file, under COLUMNS."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")), open(path, "a+", newline="") as file:
+            file.seek(0)
+            columns = next(csv.reader(file), None)
+            writer = csv.DictWriter(file, columns or COLUMNS, extrasaction="ignore")
+            if not columns:
+                writer.writeheader()
+            writer.writerow(values)
+    except OSError as error:
+        raise InputError(f"--save_folder: cannot write {path}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ def choose_pool_codes(
     progress, device = keeper.progress, model.pos_embed.device
     restore_codes(progress, model, pool, codes_per_image)
     missing = (progress.codes < 0).nonzero()[:, 0]
-    if not len(missing):
+    if not len(missing) and progress.epoch_metrics:  # a run that goes on behind its sampling
         return
     choose = choose_codes
     if tries is not None:
@@ -365,8 +365,25 @@ def make_validation(flags, run, stop, images_tr, images_val, device, dtype):
     }
     probe = None
     if flags.fast_linear_probe and flags.steps_per_eval:
-        probe = LinearProbe.fast_probe(
-            flags, images_tr, images_val, size, device, stopping=stop.asked
+        probe = LinearProbe.FastProbe(
+            images_tr,
+            images_val,
+            image_size=size,
+            device=device,
+            n_way=flags.val_n_way,
+            n_shot=flags.val_n_shot,
+            augs_per_image=flags.probe_augs_per_image,
+            use_augs=bool(flags.use_augs),
+            images_per_pass=flags.probe_bs_val,
+            pool="mean" if flags.global_pool else "cls",
+            n_codes=0 if flags.probe_ignore_z else 1,
+            lr=flags.probe_lr,
+            epochs=flags.probe_epochs,
+            batch_size=flags.probe_bs,
+            seed=flags.seed,
+            num_workers=flags.num_workers,
+            loader_timeout=flags.loader_timeout,
+            stopping=stop.asked,
         )
     return Validation(
         run,

@@ -106,15 +106,18 @@ def seeded(seed):
 # The learning-rate schedule.
 
 
-def learning_rate(step, *, base, minimum, start, ramp, total, cycles=0):
-    """The learning rate for gradient step `step` (from 0). It is 0 before step `start`, then rises
-    linearly to `base` for `ramp` steps. Then follow `cycles` cosine cycles of equal length, each
-    from `base` down to `minimum`, until step `total`; with cycles 0 the rate stays at `base`."""
+def learning_rate(step, *, base, minimum, start, ramp, total, cycles=0, ramp_from_minimum=False):
+    """The learning rate for gradient step `step` (from 0): 0 before step `start`; then a linear
+    ramp of `ramp` steps from `minimum` to `base`; then `cycles` equal cosine cycles down to
+    `minimum`, which end at step `total`, or `base` if cycles is 0.
+
+    The ramp's last step has the rate `base`; with ramp_from_minimum, as in MAE's linear probe, its
+    first step has the rate `minimum` instead."""
     step = step - start
     if step < 0:
         return 0.0
     if step < ramp:
-        return minimum + (base - minimum) * (step + 1) / ramp
+        return minimum + (base - minimum) * (step + (not ramp_from_minimum)) / ramp
     if not cycles:
         return base
     share = (step - ramp) * cycles / (total - start - ramp) % 1

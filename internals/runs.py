@@ -1,7 +1,6 @@
 """A run's folder: finding it by its uid, one process at a time; its metrics and pictures."""
 
 import contextlib
-import csv
 import errno
 import fcntl
 import io
@@ -19,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock
 from PIL import Image
 
 from internals.checkpoints import (
@@ -216,11 +214,12 @@ class Run:
     """Writes config.json, metrics.jsonl, curves.png and images/ in a run's folder, on the first
     process only. The local files are the truth; W&B mirrors them and may fail without harm."""
 
-    def __init__(self, start, flags, *, wandb="disabled"):
+    def __init__(self, start, flags, *, wandb="disabled", curves=True):
         """Only `with` opens the folder: metrics that are newer than the checkpoint are cut off.
-        start: of locate_run; flags: a dict, for config.json; wandb: disabled, offline or online."""
+        start: of locate_run; flags: a dict, for config.json; wandb: disabled, offline or online;
+        curves: whether curves.png is drawn."""
         self.folder, self.start, self.flags, self.main = start.folder, start, flags, rank() == 0
-        self.wandb_mode = wandb
+        self.wandb_mode, self.curves = wandb, curves
         self.waiting_pictures = {}  # file name -> bytes that the disk has not taken yet
         self.waiting_lines = b""  # of metrics.jsonl, likewise not taken yet
 
@@ -302,7 +301,7 @@ class Run:
 
     def draw_curves(self):
         """Draws curves.png anew from metrics.jsonl."""
-        if self.main:
+        if self.main and self.curves:
             with contextlib.suppress(OSError):  # the next validation draws the curves again
                 runs = {self.folder.name: read_metrics(self.folder)}
                 draw_curves(runs, self.folder / "curves.png", title=self.folder.name)
@@ -383,28 +382,3 @@ def describe_run(flags):
         "git_commit": git or None,
         "command": shlex.join([sys.executable, *sys.argv]),
     }
-
-
-# -------------------------------------------------------------------------------------------------
-# What a probe leaves.
-
-PROBE_COLUMNS = (
-    "model probe top1 top5 knn n_train n_held_out n_val pool lr wd epochs batch_size "
-    "data_tr data_val seed seconds folder".split()
-)
-
-
-def append_row(path, values):
-    """Appends a row of these values to a CSV, under its own heading or, in a new file, under
-    PROBE_COLUMNS."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")), open(path, "a+", newline="") as file:
-            file.seek(0)
-            columns = next(csv.reader(file), None)
-            writer = csv.DictWriter(file, columns or PROBE_COLUMNS, extrasaction="ignore")
-            if not columns:
-                writer.writeheader()
-            writer.writerow(values)
-    except OSError as error:
-        raise InputError(f"--save_folder: cannot write {path}: {error.strerror}") from None

@@ -129,14 +129,17 @@ def test_a_stop_signal__saves_and_exits_0_or_130_for_SIGINT_and_goes_on_to_the_b
     assert_same_run(tiny_run, goes_on(tmp_path))
 
 
-def test_a_stop_inside_sampling__the_chunks_that_are_done_are_not_sampled_again(tiny_run, tmp_path):
+@pytest.mark.parametrize("call, n_chosen", [(5, 32), (6, 40)])  # of 3 chunks an epoch
+def test_a_stop_inside_sampling__the_chunks_that_are_done_are_not_sampled_again(
+    tiny_run, tmp_path, call, n_chosen
+):
     stop = "lambda: os.kill(os.getpid(), signal.SIGTERM)"
-    fault = f"{NTH_CALL}\nnth_call(TrainIMLE, 'choose_codes', 5, {stop})"  # of 3 chunks an epoch
+    fault = f"{NTH_CALL}\nnth_call(TrainIMLE, 'choose_codes', {call}, {stop})"
     done = faulty(fault, *RUN, "--save_folder", tmp_path, check=True)
     assert "stopped after step 4" in done.stdout
     codes = final_state(run_folder(tmp_path))["progress"]["codes"]
-    assert (codes >= 0).sum() == 32 and (codes == -1).sum() == 8
-    fault = f"{NTH_CALL}\nnth_call(TrainIMLE, 'choose_codes', 2, {stop})"  # one chunk is left
+    assert (codes >= 0).sum() == n_chosen and (codes == -1).sum() == 40 - n_chosen
+    fault = f"{NTH_CALL}\nnth_call(TrainIMLE, 'choose_codes', {7 - call}, {stop})"  # not called
     done = faulty(fault, *RUN, "--save_folder", tmp_path, check=True)
     assert "going on after step 4" in done.stdout and "done: " in done.stdout
     assert_same_run(tiny_run, run_folder(tmp_path))

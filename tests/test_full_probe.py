@@ -1,4 +1,4 @@
-"""The full probe: its heads against MAE's recipe written out, the command against itself."""
+"""The full probe: its heads equal MAE's recipe written out; its command goes on after a stop."""
 
 import csv
 import io
@@ -26,8 +26,9 @@ import LinearProbe
 import Utils
 from Augmentation import augment, normalize, resize
 from internals import encoders, full_probe
-from internals.heads import Head, Heads, lars
+from internals.heads import Head, Heads, lars, train_step
 from internals.processes import Stopped
+from internals.runs import read_metrics
 from Utils import seeded
 
 PROGRAM = (sys.executable, "LinearProbe.py")
@@ -38,14 +39,14 @@ CPU_DEVICE = torch.device("cpu")
 
 
 def probe(*flags):
-    """What a LinearProbe.py command says in its last line."""
+    """Runs a LinearProbe.py command; its result, the last line of the output."""
     done = command(*DEMO_DATA, *flags, program=PROGRAM)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture
 def probe_here(monkeypatch, capsys):
-    """The same, in this process."""
+    """As `probe`, in this process."""
     monkeypatch.chdir(ROOT)
 
     def run(*flags):
@@ -66,7 +67,9 @@ def without_time(result):
 def test_lars_is_that_of_mae():
     golden = load_file(ROOT / "tests/golden/mae_lars.safetensors")
     weight, bias = (torch.nn.Parameter(golden[name].clone()) for name in ("w0", "b0"))
-    optimizer = lars([weight], [bias], [Head("cls", 6.4, 0.0)], scale=1.0)
+    heads = Heads([Head("cls", 6.4, 0.0)], ("cls",), *weight.shape)
+    heads.linears[0].weight, heads.linears[0].bias = weight, bias
+    optimizer = lars(heads, [Head("cls", 6.4, 0.0)], images_per_step=256)
     for group in optimizer.param_groups:
         group["lr"] = group["base"]
     for step in range(4):
@@ -105,9 +108,30 @@ def plain_probe(features, labels, start, *, lr, wd, batches, steps, warmup, epoc
     return losses, norm.eval(), linear
 
 
-@pytest.mark.parametrize("logits", [2**26, 150], ids=["whole", "in parts"])
-def test_heads_side_by_side_learn_as_each_alone_by_mae_s_recipe(logits, monkeypatch):
-    monkeypatch.setattr("internals.heads.LOGITS", logits)
+def rate_of(step, *, steps, warmup, epochs):
+    """The rate of a full probe's gradient step, as a share of the base rate."""
+    return Utils.learning_rate(
+        step,
+        base=1.0,
+        minimum=0.0,
+        start=0,
+        ramp=warmup * steps,
+        total=epochs * steps,
+        cycles=1,
+        ramp_from_minimum=True,
+    )
+
+
+@pytest.mark.parametrize("warmup", [0, 2, 10])
+def test_the_schedule_is_that_of_mae_s_probe(warmup):
+    rates = [rate_of(step, steps=7, warmup=warmup, epochs=12) for step in range(7 * 12)]
+    expected = [mae_rate(step / 7, 1.0, warmup, 12) for step in range(7 * 12)]
+    assert rates == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("images_per_pass", [1024, 5], ids=["whole", "in parts"])
+def test_heads_side_by_side_learn_as_each_alone_by_mae_s_recipe(images_per_pass, monkeypatch):
+    monkeypatch.setattr("internals.heads.IMAGES_PER_PASS", images_per_pass)
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(64, 2, 8, generator=generator) * 3 + 1
     labels = torch.randint(0, 7, (64,), generator=generator)
@@ -117,14 +141,15 @@ def test_heads_side_by_side_learn_as_each_alone_by_mae_s_recipe(logits, monkeypa
         for pool in ("cls", "mean", "both")
         for lr, wd in ((0.5, 0.0), (8.0, 0.0), (8.0, 0.1))
     ]
-    heads = Heads(specs, ("cls", "mean"), 7, 8, scale=32 / 256, seed=3)
-    starts = [weight.detach().clone() for weight in heads.weights]
-    losses = [
-        heads.step(features[rows], labels[rows], epoch=i / 2, warmup=2, epochs=6)
-        for i, rows in enumerate(batches)
-    ]
+    heads = Heads(specs, ("cls", "mean"), 7, 8, seed=3)
+    optimizer = lars(heads, specs, images_per_step=32)
+    starts = [linear.weight.detach().clone() for linear in heads.linears]
+    losses = []
+    for step, rows in enumerate(batches):
+        rate = rate_of(step, steps=2, warmup=2, epochs=6)
+        losses.append(train_step(heads, optimizer, features[rows], labels[rows], rate))
     columns = {"cls": features[:, 0], "mean": features[:, 1], "both": features.flatten(1)}
-    found = heads.evaluate(features, labels)
+    metrics = heads.evaluate(features, labels)
     for number, (spec, start) in enumerate(zip(specs, starts, strict=True)):
         expected, norm, linear = plain_probe(
             *(columns[spec.pool], labels, start),
@@ -137,54 +162,55 @@ def test_heads_side_by_side_learn_as_each_alone_by_mae_s_recipe(logits, monkeypa
             batch_size=32,
         )
         torch.testing.assert_close(torch.stack(losses)[:, number], torch.tensor(expected))
-        torch.testing.assert_close(heads.weights[number].data, linear.weight.data)
-        torch.testing.assert_close(heads.biases[number].data, linear.bias.data)
+        torch.testing.assert_close(heads.linears[number].weight, linear.weight)
+        torch.testing.assert_close(heads.linears[number].bias, linear.bias)
         logits = linear(norm(columns[spec.pool]))
         ranked = logits.argsort(dim=1, descending=True)
-        assert found["top1"][number] == (ranked[:, 0] == labels).double().mean()
-        assert found["top5"][number] == (ranked[:, :5] == labels[:, None]).any(1).double().mean()
-        assert found["loss"][number] == pytest.approx(F.cross_entropy(logits, labels).item())
+        assert metrics["top1"][number] == (ranked[:, 0] == labels).double().mean()
+        assert metrics["top5"][number] == (ranked[:, :5] == labels[:, None]).any(1).double().mean()
+        assert metrics["loss"][number] == pytest.approx(F.cross_entropy(logits, labels).item())
         assert torch.equal(heads.predict(features, number), ranked[:, 0])
+
+
+def make_heads(specs, parts, seed=0):
+    """Heads for 3 classes and features of width 4, and their optimizer."""
+    heads = Heads(specs, parts, 3, 4, seed=seed)
+    return heads, lars(heads, specs, images_per_step=256)
 
 
 def test_heads_are_saved_whole():
     features, labels = torch.randn(16, 1, 4), torch.arange(16) % 3
-    specs, schedule = [Head("mean", 1.0, 0.0)] * 2, {"epoch": 1.0, "warmup": 1, "epochs": 3}
-    first, second = (Heads(specs, ("mean",), 3, 4, seed=s) for s in (0, 1))
-    first.step(features, labels, **schedule)
+    specs = [Head("mean", 1.0, 0.0)] * 2
+    first, second = (make_heads(specs, ("mean",), seed) for seed in (0, 1))
+    train_step(*first, features, labels, 1.0)
     file = io.BytesIO()
-    torch.save(first.state_dict(), file)
+    torch.save([part.state_dict() for part in first], file)
     file.seek(0)
-    second.load_state_dict(torch.load(file, weights_only=True))
-    assert torch.equal(*(h.step(features, labels, **schedule) for h in (first, second)))
-    assert torch.equal(first.weights[1], second.weights[1])
+    for part, state in zip(second, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    assert torch.equal(*(train_step(*some, features, labels, 1.0) for some in (first, second)))
+    assert torch.equal(*(heads.linears[1].weight for heads, _ in (first, second)))
+    assert torch.equal(*(heads.norm.running_var for heads, _ in (first, second)))
 
 
-def test_a_head_that_diverges_leaves_the_others_alone(tmp_path):
+def test_a_head_that_diverges_leaves_the_others_alone():
     features, labels = torch.randn(32, 1, 4), torch.arange(32) % 3
     specs, losses = [Head("cls", 1.0, 0.0), Head("cls", 1e30, 0.0)], []
-    both, one = (Heads(some, ("cls",), 3, 4) for some in (specs, specs[:1]))
+    both, one = (make_heads(some, ("cls",)) for some in (specs, specs[:1]))
     for _ in range(20):
-        schedule = {"epoch": 1.0, "warmup": 1, "epochs": 3}
-        losses.append([h.step(features, labels, **schedule)[0] for h in (both, one)])
+        losses.append([train_step(*some, features, labels, 1.0)[0] for some in (both, one)])
     torch.testing.assert_close(*torch.tensor(losses).T.unbind())
-    found = both.evaluate(features, labels)
-    assert not math.isfinite(found["loss"][1]) and math.isfinite(found["loss"][0])
-    result = {"model": "x", "top1": 0.5, "best": 0, "heads": [s._asdict() for s in specs]}
-    history = [{"training_loss": [1.0, math.nan], "top1": [0.5, 0.1], "top5": [1.0, 1.0]}]
-    confusion = full_probe.confused(labels, both.predict(features, 0), list("abc"))
-    full_probe.write_result(tmp_path, result, history, confusion)
-    text = (tmp_path / "result.json").read_text()
-    assert json.loads(text, parse_constant=pytest.fail)["history"][0]["training_loss"][1] is None
+    metrics = both[0].evaluate(features, labels)
+    assert not math.isfinite(metrics["loss"][1]) and math.isfinite(metrics["loss"][0])
 
 
 def test_a_part_of_each_class_is_held_out():
     labels = torch.tensor([0] * 20 + [1] * 5 + [2] + [3] * 2)
-    train, held_out = full_probe.hold_out(labels, 0.2, seed=0)
+    train, held_out = full_probe.split_images(labels, 0.2, seed=0)
     assert sorted([*train.tolist(), *held_out.tolist()]) == list(range(28))
     assert torch.bincount(labels[held_out], minlength=4).tolist() == [4, 1, 0, 1]
-    assert torch.equal(held_out, full_probe.hold_out(labels, 0.2, seed=0)[1])
-    assert not torch.equal(held_out, full_probe.hold_out(labels, 0.2, seed=1)[1])
+    assert torch.equal(held_out, full_probe.split_images(labels, 0.2, seed=0)[1])
+    assert not torch.equal(held_out, full_probe.split_images(labels, 0.2, seed=1)[1])
 
 
 def test_the_best_head_is_chosen_on_images_held_out_never_by_validation():
@@ -194,14 +220,14 @@ def test_the_best_head_is_chosen_on_images_held_out_never_by_validation():
         (100, [0.0, 2.0, 1.0], 2),  # a point is within the error
         (100, [0.0, 2.0, math.nan], 1),
     ):
-        assert full_probe.choose([last | {"held_out_loss": losses}], n_held_out) == best
-    assert full_probe.choose([{"top1": [0.5]}], 0) == 0
+        assert full_probe.choose(last | {"held_out_loss": losses}, n_held_out) == best
+    assert full_probe.choose({"top1": [0.5]}, 0) == 0
 
 
 def test_the_worst_classes_and_what_they_are_taken_for():
     labels = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
     predicted = torch.tensor([0, 0, 3, 3, 2, 3, 3, 3])
-    rows, columns, shares = full_probe.confused(labels, predicted, list("abcd"), most=2)
+    rows, columns, shares = full_probe.confusion(labels, predicted, list("abcd"), most=2)
     assert (rows, columns) == (["b", "c"], ["b", "c", "d"])
     assert shares == [[0, 0, 1], [0, 0.5, 0.5]]
 
@@ -214,15 +240,15 @@ def test_the_worst_classes_and_what_they_are_taken_for():
 def demo_features():
     """(features (n, 2, C), labels) of the demo's training images, 50 of each class, as a command's
     --train_n_shot 50 chooses them, and of its validation images, alone."""
-    model, found = encoders.load_encoder(str(ROOT / "demo/imle_mnist.pt")), []
+    model, sets = encoders.load_encoder(str(ROOT / "demo/imle_mnist.pt")), []
     train = Data.few_shot(Data.open_images(ROOT / "demo/mnist_train.tar"), -1, 50, 0)
     for images in train, Data.open_images(ROOT / "demo/mnist_val.tar"):
         indices = torch.arange(len(images))
         loader = Data.ImageLoader(images, resize((28, 28)), num_workers=0)
         options = {"device": CPU_DEVICE, "batch_size": 250, "parts": ("cls", "mean")}
         features = encoders.extract(model, loader, indices, indices, **options)
-        found.append((features, torch.as_tensor(images.targets)))
-    return found
+        sets.append((features, torch.as_tensor(images.targets)))
+    return sets
 
 
 def test_the_command_follows_mae_s_recipe_step_by_step(tmp_path, probe_here, demo_features):
@@ -236,7 +262,7 @@ def test_the_command_follows_mae_s_recipe_step_by_step(tmp_path, probe_here, dem
     ]
     assert len({tuple(order.tolist()) for order in orders}) == 6
     losses, norm, linear = plain_probe(
-        *(train, labels, heads.weights[0].detach()),
+        *(train, labels, heads.linears[0].weight.detach()),
         lr=2.0,
         wd=0.0,
         steps=4,
@@ -271,12 +297,14 @@ def test_both_probes_are_within_a_point_of_logistic_regression(pool, demo_featur
         reached.append(classifier.fit(inputs, labels).score(inputs_test, truth))
     specs = [Head("cls", lr, 0.0) for lr in IO.probe_parser().get_default("lrs")]
     batch = min(512, len(train) // 8)
-    heads = Heads(specs, ("cls",), 10, 128, scale=batch / 256)
+    heads = Heads(specs, ("cls",), 10, 128)
+    optimizer, step = lars(heads, specs, images_per_step=batch), 0
     for epoch in range(90):
         rows = Utils.permutation(len(train), epoch).split(batch)
-        for number, part in enumerate(rows):
-            schedule = {"epoch": epoch + number / len(rows), "warmup": 10, "epochs": 90}
-            heads.step(train[part][:, None], labels[part], **schedule)
+        for part in rows:
+            rate = rate_of(step, steps=len(rows), warmup=10, epochs=90)
+            train_step(heads, optimizer, train[part][:, None], labels[part], rate)
+            step += 1
     assert max(heads.evaluate(test[:, None], truth)["top1"]) > max(reached) - 0.01
     fast = LinearProbe.linear_probe(train, labels, test, truth)
     assert fast["top1"] > max(reached) - 0.02
@@ -302,7 +330,6 @@ def test_a_probe_leaves_a_table_a_picture_and_a_row_per_run(tmp_path, probe_here
         4,
         "--probe_epochs",
         1,
-        *flags[-2:][:0],
         "--save_folder",
         tmp_path,
     )
@@ -311,8 +338,27 @@ def test_a_probe_leaves_a_table_a_picture_and_a_row_per_run(tmp_path, probe_here
     assert [row["probe"] for row in rows] == ["full", "full", "fast"]
     assert all(float(row["top1"]) > 0 and row["model"] == MODEL[1] for row in rows)
     folder = tmp_path / "probes" / first["folder"].rsplit("/")[-1]
-    assert sorted(path.name for path in folder.iterdir()) == ["probe.png", "result.json"]
+    assert {"config.json", "metrics.jsonl", "probe.png", "result.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert not any((folder / "checkpoints").iterdir())  # a probe that is done does not go on
+    assert not (folder / "curves.png").exists()
     assert Image.open(folder / "probe.png").size[0] > 500
+    records = read_metrics(folder)
+    assert [record["epoch"] for record in records] == list(range(6))
+    assert records[-1]["top1"] == [row["top1"] for row in table]
+
+
+def test_files_of_a_probe_whose_head_diverges_are_valid_json(tmp_path, probe_here):
+    flags = [*MODEL, *CPU, *FEW, "--use_augs", 0, "--save_folder", tmp_path]
+    assert probe_here(*flags, "--lrs", 1, 1e30)["best"] == 0
+    (folder,) = tmp_path.glob("probes/*/")
+    result = json.loads((folder / "result.json").read_text(), parse_constant=pytest.fail)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    for history in result["history"], records:
+        loss, diverged = history[-1]["training_loss"]
+        assert math.isfinite(loss) and diverged is None
 
 
 @pytest.fixture(scope="module")
@@ -345,30 +391,31 @@ def test_each_epoch_crops_an_image_anew_by_seed_epoch_and_image_alone():
     model = encoders.load_encoder(str(ROOT / "demo/imle_mnist.pt"))
     images = Data.open_images(ROOT / "demo/mnist_val.tar")
     transform, indices = augment((28, 28), 0.08), torch.tensor([3, 500, 77, 9, 640, 12, 33])
-    batches = full_probe.Batches(
-        model=model,
-        loader=Data.ImageLoader(images, transform, num_workers=0),
-        indices=indices,
-        labels=torch.arange(7),  # as names of the images
-        batch_size=3,
-        images_per_pass=2,
+    encoder = full_probe.Encoder(
+        model,
+        CPU_DEVICE,
         parts=("mean",),
         n_codes=1,
+        images_per_pass=2,
+        use_augs=True,
         seed=4,
-        pace=full_probe.Pace(CPU_DEVICE),
-        varies=True,
+        num_workers=0,
+        loader_timeout=0,
+        stop=StopAfter(-1),
     )
-    epochs = [list(batches(epoch, 0)) for epoch in (0, 1)]
+    batches = full_probe.Batches(encoder, images, indices, batch_size=3)
+    batches.labels = torch.arange(7)  # as names of the images
+    epochs = [list(batches(epoch, first=0)) for epoch in (0, 1)]
     assert [len(epoch) for epoch in epochs] == [2, 2]
-    (again,) = batches(1, 1)  # gone on with
+    (again,) = batches(1, first=1)  # as after a stop
     assert torch.equal(again[0], epochs[1][1][0])
-    for epoch, found in enumerate(epochs):
-        names = torch.cat([labels for _, labels in found])
+    for epoch, batches_of_epoch in enumerate(epochs):
+        names = torch.cat([labels for _, labels in batches_of_epoch])
         assert len(names.unique()) == 6
         for name, feature in zip(
-            names, torch.cat([features for features, _ in found]), strict=True
+            names, torch.cat([features for features, _ in batches_of_epoch]), strict=True
         ):
-            seed = full_probe.image_seeds(4, epoch, indices[name])
+            seed = encoder.seeds(epoch, indices[name])
             with seeded(seed):
                 image = transform(images.load(int(indices[name])))[None]
             codes = model.sample_codes(seed[None], 1)[:, 0]
@@ -388,7 +435,7 @@ def test_features_that_are_too_many_to_keep_are_computed_again(tmp_path, probe_h
 
 
 class StopAfter:
-    """A StopSignal that comes when so many checks are over."""
+    """A StopSignal that stops the probe at its check number `checks`."""
 
     def __init__(self, checks):
         self.left = checks
@@ -415,13 +462,13 @@ def test_a_probe_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch, use
             flags.data_tr, flags.data_val, n_way=4, n_shot=4, seed=0, same_classes=True
         )
         model = encoders.load_encoder(flags.model)
-        return full_probe.full_probe(flags, model, *images, CPU_DEVICE, StopAfter(checks))
+        return LinearProbe.run_full_probe(flags, model, *images, CPU_DEVICE, StopAfter(checks))
 
     whole = run(tmp_path / "whole", -1)
-    torch.manual_seed(7)  # what happened in between has no say
+    torch.manual_seed(7)  # the global random state does not matter
     for _ in range(2):  # inside an epoch of two steps, and at its end
-        with pytest.raises(Stopped, match="the same command goes on"):
-            run(tmp_path / "parts", 3 if use_augs else 4)  # one after each known set of features
+        with pytest.raises(Stopped, match="stopped after step .*, saved in"):
+            run(tmp_path / "parts", 3 if use_augs else 4)  # one check after each set of features
     parts = run(tmp_path / "parts", -1)
     assert without_time(parts) == without_time(whole)
     histories = [
@@ -444,11 +491,13 @@ def test_a_signal_stops_the_command_which_then_goes_on(tmp_path, processes):
         text=True,
     )
     for line in running.stdout:
-        if line.startswith("step "):
+        if line.startswith("epoch "):
             running.send_signal(signal.SIGTERM)
             break
-    said = running.stdout.read()
-    assert running.wait(60) == 0 and re.search(r"stopped after step (\d+), saved in", said), said
+    output = running.stdout.read()
+    assert running.wait(60) == 0 and re.search(r"stopped after step (\d+), saved in", output), (
+        output
+    )
     done = command(*flags, program=PROGRAM)
     assert "going on after step" in done.stdout
     stopped, whole = json.loads(done.stdout.splitlines()[-1]), tmp_path / "whole"

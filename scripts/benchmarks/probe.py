@@ -1,4 +1,4 @@
-"""linear probes: features, what more heads cost, and the fast probe's head against a loader"""
+"""linear probes: speed of features, cost of ten heads, the fast probe's head against a loader"""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from internals.encoders import image_features
-from internals.heads import Head, Heads
+from internals.heads import Head, Heads, lars, train_step
 from IO import whole
 from LinearProbe import linear_probe
 from Models import PRESETS, in_precision
@@ -36,19 +36,24 @@ FAST = {
 
 
 def add_flags(parser):
-    """The benchmark's flags; sizes that are not given fit the device."""
+    """Declares the benchmark's flags. Default sizes depend on the device."""
     add = parser.add_argument
-    add("--arch", choices=PRESETS, default="vit_base", help="default: vit_base")
+    add("--arch", choices=PRESETS, default="vit_base", help="network; default: vit_base")
     add("--input_size", type=whole(1), default=224, metavar="PIXELS", help="side of the images")
-    add("--images", type=whole(2), metavar="N", help="per pass and step; default: CPU 16, GPU 256")
-    add("--classes", type=whole(2), default=1000, metavar="N", help="of the full probe")
-    add("--num_workers", type=whole(1), default=2, metavar="N", help="of the loader of features")
+    add(
+        "--images",
+        type=whole(2),
+        metavar="N",
+        help="images per pass and step; default: 16 on a CPU, 256 on a GPU",
+    )
+    add("--classes", type=whole(2), default=1000, metavar="N", help="classes of the full probe")
+    add("--num_workers", type=whole(1), default=2, metavar="N", help="loader workers for features")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--repeats", type=whole(1), default=3, metavar="N", help="rounds that count")
+    add("--repeats", type=whole(1), default=3, metavar="N", help="rounds that are timed")
 
 
 def measure(args):
-    """Yields the Tables, by random weights at --arch and random images."""
+    """Yields the Tables, measured with random weights and random images."""
     device = torch.device(args.device)
     n = args.images or (16 if device.type == "cpu" else 256)
     model, (_, _, seeds) = random_model(args, n, device)
@@ -62,7 +67,7 @@ def measure(args):
 
 
 def features_rows(args, model, images, seeds, low):
-    """How fast features come, in float32 and in the precision that a probe takes."""
+    """Speed and memory of features, in float32 and in the precision that probes use."""
     passes, products = {}, {}
     for dtype in dict.fromkeys((torch.float32, low)):
         ready = in_precision(model, dtype)
@@ -83,18 +88,18 @@ def features_rows(args, model, images, seeds, low):
 
 
 def full_rows(args, model, images, seeds):
-    """What a step of the full probe takes, features included, with one head and with ten."""
+    """Time of a full probe's gradient step, features included, with one head and with ten."""
     labels = torch.randint(0, args.classes, (len(images),), device=images.device)
-    schedule = {"epoch": 1.0, "warmup": 10, "epochs": 90}
 
-    def step(heads):
-        heads.step(image_features(model, images, seeds, ("cls",), 0), labels, **schedule)
+    def step(heads, optimizer):
+        features = image_features(model, images, seeds, ("cls",), 0)
+        train_step(heads, optimizer, features, labels, rate=0.1)
 
-    counts, candidates = {"one head": 1, "ten heads": 10}, {}
-    for name, count in counts.items():
+    candidates = {}
+    for name, count in {"one head": 1, "ten heads": 10}.items():
         specs = [Head("cls", 0.1 * (1 + i), 0.0) for i in range(count)]
-        shape = specs, ("cls",), args.classes, model.config.dim
-        candidates[name] = partial(step, Heads(*shape, device=images.device))
+        heads = Heads(specs, ("cls",), args.classes, model.config.dim).to(images.device)
+        candidates[name] = partial(step, heads, lars(heads, specs, len(images)))
     seconds = interleaved(candidates, args.repeats, images.device)
     return [
         {
@@ -107,7 +112,7 @@ def full_rows(args, model, images, seeds):
 
 
 def fast_rows(args, device, n=1600, n_classes=32, dim=768, epochs=10):
-    """The fast probe's head by its default flags, and by a loader of single features."""
+    """The fast probe's head with default flags, and the same head trained with a DataLoader."""
     centres = 0.16 * torch.randn(n_classes, dim)
     (x, y), test = (
         (centres[labels] + torch.randn(n, dim), labels)
@@ -120,10 +125,10 @@ def fast_rows(args, device, n=1600, n_classes=32, dim=768, epochs=10):
         num_workers=args.num_workers,
         persistent_workers=True,
     )
-    found, on_device = {}, [tensor.to(device) for tensor in (x, y, *test)]
+    accuracies, on_device = {}, [tensor.to(device) for tensor in (x, y, *test)]
 
     def ours():
-        found["ours"] = linear_probe(*on_device, epochs=epochs)["top1"]
+        accuracies["ours"] = linear_probe(*on_device, epochs=epochs)["top1"]
 
     def plain():
         head, step, steps = torch.nn.Linear(dim, n_classes, device=device), 0, epochs * len(loader)
@@ -141,7 +146,7 @@ def fast_rows(args, device, n=1600, n_classes=32, dim=768, epochs=10):
                 step += 1
         inputs = ((test[0] - x.mean(0)) / x.std(0)).to(device)
         right = head(inputs).argmax(1) == test[1].to(device)
-        found[f"loader, {args.num_workers} workers"] = right.double().mean().item()
+        accuracies[f"loader, {args.num_workers} workers"] = right.double().mean().item()
 
     candidates = {f"loader, {args.num_workers} workers": plain, "ours": ours}
     seconds = interleaved(candidates, args.repeats, device)
@@ -151,7 +156,7 @@ def fast_rows(args, device, n=1600, n_classes=32, dim=768, epochs=10):
             "name": name,
             "features_per_sec": n * epochs / seconds[name],
             "ratio_to_loader": seconds[first] / seconds[name],
-            "top1": found[name],
+            "top1": accuracies[name],
         }
         for name in candidates
     ]
