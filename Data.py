@@ -1,12 +1,12 @@
 """Images in classes, and few-shot subsets of them; which image is drawn when, and loading them."""
 
 import contextlib
-import dataclasses
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from multiprocessing.util import Finalize
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from Augmentation import normalize
 from internals.processes import STOP_SIGNALS, end_workers
 from internals.stores import FORMATS, ImageError, check_decoder
 from Utils import (
@@ -138,10 +137,22 @@ def staged_path(path, folder):
     return f"{folder}{os.path.abspath(Path(path).expanduser())}" if folder else path
 
 
-def open_pair(data_tr, data_val, *, n_way, n_shot, seed, same_classes=True, staged=None, **options):
+def open_pair(
+    data_tr,
+    data_val,
+    *,
+    n_way=-1,
+    n_shot=-1,
+    seed=0,
+    same_classes=True,
+    staged=None,
+    image_decoder="pillow",
+    skip_bad_images=False,
+):
     """Training images, reduced to a few-shot subset, and validation images of the same classes (of
-    all, where same_classes is false: no labels are needed); messages name the flags. staged: a
-    folder of copies to read instead. options: those of open_images."""
+    all classes, unless same_classes: no labels are needed). Messages name the flags. staged: a
+    folder of copies to read instead."""
+    options = {"image_decoder": image_decoder, "skip_bad_images": skip_bad_images}
     with naming("--data_tr"):
         images_tr = open_images(staged_path(data_tr, staged), **options)
     with naming("--train_n_way" if n_way > len(images_tr.classes) else "--train_n_shot"):
@@ -183,9 +194,8 @@ def occurrences(indices):
 
 
 class SeededImages(Dataset):
-    """Items (index, seed) -> uint8 (3, H, W), the image transformed by random numbers from the seed
-    alone, and whether another took its place: where the images skip_bad, the next of its class that
-    can be read replaces a damaged one."""
+    """Items (index, seed) -> uint8 (3, H, W), the image transformed with random numbers from the
+    seed alone; and whether another image replaced it, which skip_bad allows for a damaged one."""
 
     def __init__(self, images, transform):
         self.images, self.transform = images, transform
@@ -197,7 +207,8 @@ class SeededImages(Dataset):
             return self.transform(image), replaced
 
     def load(self, index):
-        """The image, or its replacement, and whether it is that."""
+        """Returns the image and False; for a damaged image the next readable one of its class and
+        True."""
         try:
             return self.images.load(index), False
         except ImageError:
@@ -208,7 +219,7 @@ class SeededImages(Dataset):
         for other in [*others[place + 1 :], *others[:place]]:
             with contextlib.suppress(ImageError):
                 return self.images.load(other), True
-        return self.images.load(index), True  # none can be read: the error again
+        return self.images.load(index), True  # the whole class is damaged: raises the error again
 
 
 def leave_signals(_):
@@ -225,9 +236,19 @@ def end_workers_at_exit():
     Finalize(None, end_workers, exitpriority=10)
 
 
+class Requests:
+    """The batches that the workers are to load: an iterable of lists of (index, seed)."""
+
+    def __init__(self):
+        self.batches = ()
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
 class ImageLoader:
-    """Loads images in chunks by worker processes, which live as long as the loader where
-    `persistent`. timeout: seconds that a chunk may take; chunks end early once stopping()."""
+    """Loads images by worker processes, which live as long as the loader if `persistent`. timeout:
+    the most seconds that one batch may take; loading ends early once stopping() is true."""
 
     def __init__(
         self,
@@ -240,47 +261,51 @@ class ImageLoader:
         timeout=0,
         stopping=lambda: False,
     ):
-        self.images, self.bad = images, set()  # bad: indices of images that had to be replaced
-        self.batches = []  # what the workers load next; the loader asks when it is iterated
-        self.stopping = stopping
+        self.images, self.stopping = images, stopping
+        self.replaced = set()  # indices of damaged images, which others replaced
+        self.requests = Requests()
         end_workers_at_exit()
         self.loader = DataLoader(
             SeededImages(images, transform),
-            batch_sampler=self.batches,
+            batch_sampler=self.requests,
             num_workers=num_workers,
             persistent_workers=persistent and num_workers > 0,
             pin_memory=pin_memory,
             timeout=timeout / 2 if num_workers else 0,
-            # Not as the processes of a launch, whose every worker would import torch anew.
+            # A launched process would else spawn its workers, and each would import torch again.
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
             worker_init_fn=leave_signals,
-            generator=torch.Generator(),  # of its own: else each pass draws from the global one
+            generator=torch.Generator(),  # its own: else each pass draws from the global generator
         )
 
-    def chunks(self, indices, seeds, size):
-        """Yields (rows, images): a slice of range(len(indices)) and uint8 (n, 3, H, W), for every
-        chunk of `size` rows that falls to this process. Image indices[i] is cropped by seeds[i]."""
-        slices = [
-            slice(start, min(start + size, len(indices))) for start in range(0, len(indices), size)
-        ]
-        slices = slices[rank() :: world_size()]
-        self.batches[:] = [
-            list(zip(indices[rows].tolist(), seeds[rows].tolist(), strict=True)) for rows in slices
-        ]
+    def load(self, indices, seeds, batches):
+        """Yields (rows, images) for each of `batches`, a sequence of rows (slices or index tensors)
+        of indices (n,) and seeds (n,). images: uint8 (rows, 3, H, W), image indices[i] transformed
+        with seeds[i]. Workers load ahead."""
+        self.requests.batches = (
+            list(zip(indices[rows].tolist(), seeds[rows].tolist(), strict=True)) for rows in batches
+        )
         if self.stopping():
             return
         loaded = iter(self.loader)
-        for rows in slices:
+        for rows in batches:
             if self.stopping():
                 return
-            images, replaced = self.next_chunk(loaded, indices[rows])
+            images, replaced = self.next_batch(loaded, indices[rows])
             if replaced.any():
-                self.count_bad(indices[rows][replaced].tolist())
+                self.report_replaced(indices[rows][replaced].tolist())
             yield rows, images
 
-    def next_chunk(self, loaded, indices):
-        """The next of `loaded`, the chunk of these images; a RunError when that takes too long."""
-        for _ in range(2):  # a suspended run that wakes up would take the first time for over
+    def chunks(self, indices, seeds, size):
+        """`load` for this process's share of all rows, in chunks of `size`: yields (slice,
+        images)."""
+        n = len(indices)
+        slices = [slice(start, min(start + size, n)) for start in range(0, n, size)]
+        return self.load(indices, seeds, slices[rank() :: world_size()])
+
+    def next_batch(self, loaded, indices):
+        """The next batch of `loaded`, of these images; a RunError if it takes too long."""
+        for _ in range(2):  # a run that was suspended wakes up with its first wait over
             try:
                 return next(loaded)
             except RuntimeError as error:
@@ -293,37 +318,38 @@ class ImageLoader:
             f"seconds; it was loading {len(indices)} images: {names}{' ...' * (len(indices) > 3)}"
         ) from None
 
-    def count_bad(self, indices):
-        """Tells of images that were replaced, each once; an InputError when there are too many."""
+    def report_replaced(self, indices):
+        """Warns of images that were replaced, once for each; an InputError if there are too
+        many."""
         for index in indices:
-            if index not in self.bad:
-                self.bad.add(index)
-                count = f"{len(self.bad)} of {len(self.images)} images replaced so far"
+            if index not in self.replaced:
+                self.replaced.add(index)
+                count = f"{len(self.replaced)} of {len(self.images)} images replaced so far"
                 try:
-                    self.images.load(index)  # again, to hear why
+                    self.images.load(index)  # again, for the error's text
                 except ImageError as error:
                     tqdm.write(f"warning: {error}; {count}", file=sys.stderr)
-        if len(self.bad) > MOST_BAD * len(self.images):
+        if len(self.replaced) > MOST_BAD * len(self.images):
             raise InputError(
-                f"--skip_bad_images: {len(self.bad)} of {len(self.images)} images in "
+                f"--skip_bad_images: {len(self.replaced)} of {len(self.images)} images in "
                 f"{self.images.path} can't be read, more than {MOST_BAD:.1%}; "
                 f"one is {self.images.name(index)}"
             )
 
 
-def copied(chunks, device):
-    """Passes chunks (rows, images) on as (rows, images, images on the device); on a GPU they are
-    copied while it still computes on those before."""
+def copied(batches, device):
+    """Passes (rows, images) on with the images on the device. On a GPU, images are copied while it
+    still computes on those before."""
     if device.type != "cuda":
-        yield from ((rows, images, images.to(device)) for rows, images in chunks)
+        yield from ((rows, images.to(device)) for rows, images in batches)
         return
     copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    for rows, images in chunks:
+    for rows, images in batches:
         with torch.cuda.stream(copying):
-            on_device = images.to(device, non_blocking=True)
+            images = images.to(device, non_blocking=True)
         computing.wait_stream(copying)
-        on_device.record_stream(computing)  # else its memory could be given away too early
-        yield rows, images, on_device
+        images.record_stream(computing)  # else this memory could be given away too early
+        yield rows, images
 
 
 # -------------------------------------------------------------------------------------------------
@@ -332,63 +358,75 @@ def copied(chunks, device):
 
 @dataclass
 class Pool:
-    """The images of one epoch: each has one crop and one mask, a pure function of its seed."""
+    """The images of one epoch, without pixels: an image's crop, mask and codes are pure functions
+    of its seed, computed where they are needed."""
 
-    source: Dataset
-    epoch: int
-    indices: torch.Tensor  # (n,) into the source
-    seeds: torch.Tensor  # (n,) int64
-    mask_noise: torch.Tensor  # (n, L)
-    images: torch.Tensor  # (n, 3, H, W) uint8, filled by choose_pool_codes
+    images: Dataset
+    indices: torch.Tensor  # (n,) into images
+    seeds: torch.Tensor  # (n,) int64, of crops and codes
+    mask_seeds: torch.Tensor  # (n,) int64
+    n_patches: int  # L
+    minibatch_seed: torch.Tensor  # of the order of minibatches
     shuffle: bool
-    seed: int
+
+    def mask_noise(self, rows):
+        """The noise (len(rows), L) whose argsort is the mask, as in MAE."""
+        return random_uniform(self.mask_seeds[rows], self.n_patches)
 
 
-def draw_pool(source, size, epoch, *, seed, shuffle, fix_mask_noise, image_size, n_patches):
-    """The pool of an epoch, drawn evenly from the source, its images not loaded yet. An image's
-    seed depends on the run's seed, the epoch, its index and how often it came before in this
-    pool."""
-    indices = even_indices(len(source), epoch * size, size, mix_seeds(seed, Stream.POOL), shuffle)
+def draw_pool(images, size, epoch, *, n_patches, seed, shuffle=True, fix_mask_noise=False):
+    """The pool of `size` images of an epoch, drawn evenly. An image's seed depends on the run's
+    seed, the epoch, its index and how often it came before in this pool. fix_mask_noise: an image
+    has the same mask in all epochs."""
+    indices = even_indices(len(images), epoch * size, size, mix_seeds(seed, Stream.POOL), shuffle)
     seeds = mix_seeds(seed, Stream.IMAGE, epoch, indices, occurrences(indices))
     mask_seeds = (
         mix_seeds(seed, Stream.MASK, indices) if fix_mask_noise else mix_seeds(seeds, Stream.MASK)
     )
-    images = torch.zeros(size, 3, *image_size, dtype=torch.uint8)
-    mask_noise = random_uniform(mask_seeds, n_patches)
-    return Pool(source, epoch, indices, seeds, mask_noise, images, shuffle, seed)
+    minibatch_seed = mix_seeds(seed, Stream.MINIBATCH, epoch)
+    return Pool(images, indices, seeds, mask_seeds, n_patches, minibatch_seed, bool(shuffle))
 
 
 @dataclass
 class Batch:
-    """This process's share of a minibatch."""
+    """This process's share of a minibatch: n images."""
 
-    pool: Pool
-    rows: torch.Tensor  # (n,) of the pool
-    codes: torch.Tensor | None  # (pool, D)
-    whole: torch.Tensor  # the rows of the whole minibatch, over all processes
+    images: torch.Tensor  # (n, 3, H, W) uint8, on the device
+    mask_noise: torch.Tensor  # (n, L)
+    seeds: torch.Tensor  # (n,) int64
+    code_numbers: torch.Tensor | None  # (n,) int64; None: a step without codes
     step: int  # the run's gradient step
+    names: Callable  # () -> the names of all images of the minibatch, for messages
 
     def split(self, parts):
-        """The share in at most `parts` parts, never none."""
-        return [dataclasses.replace(self, rows=rows) for rows in self.rows.chunk(parts)]
-
-    def to(self, device):
-        """Images normalised (n,3,H,W), mask noise (n,L), codes (n,1,D) or None, on the device."""
-        images = normalize(self.pool.images[self.rows].to(device, non_blocking=True))
-        codes = None if self.codes is None else self.codes[self.rows, None].to(device)
-        return images, self.pool.mask_noise[self.rows].to(device), codes
-
-    def names(self):
-        """The images of the whole minibatch, for messages."""
-        return [self.pool.source.name(i) for i in self.pool.indices[self.whole].tolist()]
+        """The share in at most `parts` parts, none of them empty."""
+        fields = (self.images, self.mask_noise, self.seeds)
+        chunks = [tensor.chunk(parts) for tensor in fields]
+        numbers = self.code_numbers
+        chunks.append([None] * len(chunks[0]) if numbers is None else numbers.chunk(parts))
+        return [Batch(*part, self.step, self.names) for part in zip(*chunks, strict=True)]
 
 
-def minibatches(pool, codes, steps, size, *, code_free_share=0.0, step=0, done=0):
-    """Yields the epoch's `steps` minibatches but for those `done`, the first of them as the run's
-    gradient step `step`: shuffled passes over the pool, cut into `size`. codes: (pool, D) or
-    None; a code_free_share of the steps, evenly spaced, goes without."""
-    seed = mix_seeds(pool.seed, Stream.MINIBATCH, pool.epoch)
-    stream = even_indices(len(pool.indices), 0, steps * size, seed, pool.shuffle).view(steps, size)
-    for number, whole in enumerate(stream[done:], step):
-        free = int((number + 1) * code_free_share) > int(number * code_free_share)
-        yield Batch(pool, whole[rank() :: world_size()], None if free else codes, whole, number)
+def minibatches(
+    pool, loader, device, *, steps, size, code_numbers=None, code_free_share=0.0, step=0, done=0
+):
+    """Yields the epoch's minibatches but for the first `done`, as Batches: shuffled passes over the
+    pool, cut into `steps` minibatches of `size`. The first that it yields is the run's step `step`.
+
+    code_numbers: (pool,) of the chosen codes, None for a plain MAE; a code_free_share of the run's
+    steps, evenly spaced, goes without codes."""
+    n = steps * size
+    stream = even_indices(len(pool.indices), 0, n, pool.minibatch_seed, pool.shuffle)
+    wholes = stream.view(steps, size)[done:]
+    shares = [whole[rank() :: world_size()] for whole in wholes]
+    loaded = copied(loader.load(pool.indices, pool.seeds, shares), device)
+    for number, (whole, (rows, images)) in enumerate(zip(wholes, loaded, strict=True), step):
+        code_free = int((number + 1) * code_free_share) > int(number * code_free_share)
+        numbers = None if code_free or code_numbers is None else code_numbers[rows]
+        names = partial(image_names, pool.images, pool.indices[whole])
+        yield Batch(images, pool.mask_noise(rows), pool.seeds[rows], numbers, number, names)
+
+
+def image_names(images, indices):
+    """The names of images indices (n,), for messages."""
+    return [images.name(i) for i in indices.tolist()]

@@ -386,9 +386,10 @@ def check_sampling(flags):
             raise InputError(f"--{name}: with --ignore_z 1 no codes are chosen; leave it out")
     if flags.sampler == "exhaustive" and flags.tries != -1:
         raise InputError(f"--tries {flags.tries}: needs --sampler surrogate, else leave it out")
-    if flags.sampler == "surrogate" and "add" in flags.ip_spec:
-        shown = "it learns nothing about `add`, whose codes have too many numbers; use exhaustive"
-        raise InputError(f"--sampler surrogate: {shown}")
+    for method in flags.ip_spec[1::2]:
+        if flags.sampler == "surrogate" and not INJECTIONS[method].surrogate_can_learn:
+            shown = f"it learns nothing about the codes of `{method}`; use --sampler exhaustive"
+            raise InputError(f"--sampler surrogate: {shown}")
     if flags.tries > flags.ns:
         raise InputError(f"--tries {flags.tries}: allowed are 1 to --ns {flags.ns}, or -1")
 

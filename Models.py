@@ -5,8 +5,8 @@ Letters in shapes: N images, K codes per image, L patches, V visible and M maske
 T tokens, C channels, D numbers per code, P pixels along a patch."""
 
 import copy
+import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -69,8 +69,7 @@ PRESETS = {
 # fmt: on
 
 
-# -------------------------------------------------------------------------------------------------
-# Injection: how a code changes the tokens of a place in the network.
+# Injection: how a code changes the tokens at a place of the network.
 
 ACTIVATIONS = {"leakyrelu": partial(nn.LeakyReLU, 0.2), "relu": nn.ReLU, "gelu": nn.GELU}
 
@@ -83,9 +82,9 @@ class PixelNorm(nn.Module):
 
 
 class EqualizedLinear(nn.Module):
-    """A linear layer whose weights are drawn with std 1/lrmul and scaled at run time by
-    sqrt(2/fan_in)*lrmul (StyleGAN, Karras et al. 2019). Adam's steps then are a share of about
-    lr*lrmul of a weight."""
+    """A linear layer with equalized learning rate (StyleGAN, Karras et al. 2019): weights are drawn
+    with std 1/lrmul and multiplied by sqrt(2/fan_in)*lrmul at run time. An Adam step then changes a
+    weight by a share of about lr*lrmul."""
 
     def __init__(self, n_in, n_out, lrmul):
         super().__init__()
@@ -98,50 +97,65 @@ class EqualizedLinear(nn.Module):
 
 
 def mapping_net(config, n_out):
-    """Codes (..., latent_dim) -> (..., n_out). With adain_init="identity" its outputs start at
-    zero."""
-    sizes = [
-        config.latent_dim,
-        *[config.mapping_net_h_dim] * (config.mapping_net_layers - 1),
-        n_out,
-    ]
+    """The network that maps codes (..., latent_dim) to (..., n_out). With adain_init="identity" its
+    outputs start at zero."""
+    hidden = [config.mapping_net_h_dim] * (config.mapping_net_layers - 1)
     layers = [PixelNorm()]
-    for n_in, n_next in zip(sizes, sizes[1:], strict=False):
-        layers += [
-            EqualizedLinear(n_in, n_next, config.mapping_net_lrmul),
-            ACTIVATIONS[config.act_type](),
-        ]
+    for n_in, n_next in itertools.pairwise([config.latent_dim, *hidden, n_out]):
+        layers.append(EqualizedLinear(n_in, n_next, config.mapping_net_lrmul))
+        layers.append(ACTIVATIONS[config.act_type]())
     if config.adain_init == "identity":
         layers.pop()
         nn.init.zeros_(layers[-1].weight)
     return nn.Sequential(*layers)
 
 
-class AdaIN(nn.Module):
-    """One shift and one scale per channel, the same for all tokens."""
+class Injection(nn.Module):
+    """What the rest of the code relies on in a method of injection. It is built with the config,
+    the channels C of its place and the number of positions 1+L."""
 
-    after_norm = False
+    code_dim: int  # how many numbers of a code it reads; set in __init__
+    after_norm = False  # True: after the last block of a stack it acts on the LayerNorm's output
+    surrogate_can_learn = True  # False: `features` do not tell the surrogate which codes are good
+
+    def features(self, codes):
+        """codes (..., code_dim) -> (..., F): what the surrogate compares codes by."""
+        return codes
+
+    def forward(self, tokens, codes, positions):
+        """tokens (N, 1 or K, T, C), codes (N, K, code_dim), positions (N, T) -> (N, K, T, C).
+        Positions: 0 is the class token, 1 to L are the patches in raster order."""
+        raise NotImplementedError
+
+
+class AdaIN(Injection):
+    """One shift and one scale per channel, the same for all tokens."""
 
     def __init__(self, config, channels, n_positions):
         super().__init__()
         self.code_dim = config.latent_dim
         self.mapping = mapping_net(config, 2 * channels)
 
+    def features(self, codes):
+        return self.mapping(codes)
+
     def forward(self, tokens, codes, positions):
         shift, scale = self.mapping(codes)[:, :, None].chunk(2, dim=-1)  # (N, K, 1, C)
         return tokens * (1 + scale) + shift
 
 
-class LocalAdaIN(nn.Module):
-    """One shift and one scale per token, the same for all channels. A LayerNorm would cancel it: it
-    acts behind."""
+class LocalAdaIN(Injection):
+    """One shift and one scale per token, the same for all channels."""
 
-    after_norm = True
+    after_norm = True  # a LayerNorm takes each token's shift and scale away
 
     def __init__(self, config, channels, n_positions):
         super().__init__()
         self.code_dim = config.latent_dim
         self.mapping = mapping_net(config, 2 * n_positions)
+
+    def features(self, codes):
+        return self.mapping(codes)
 
     def forward(self, tokens, codes, positions):
         pairs = self.mapping(codes).unflatten(-1, (-1, 2))  # (N, K, 1+L, 2)
@@ -149,11 +163,11 @@ class LocalAdaIN(nn.Module):
         return tokens * (1 + scale) + shift
 
 
-class Add(nn.Module):
-    """A code as large as all tokens, added to them; with adain_init="identity" times one learned
-    number per channel, zero at first."""
+class Add(Injection):
+    """A code with a number for every channel of every position, added to the tokens; with
+    adain_init="identity" multiplied by one learned number per channel, which starts at zero."""
 
-    after_norm = False
+    surrogate_can_learn = False  # a code has far more numbers than codes are tried
 
     def __init__(self, config, channels, n_positions):
         super().__init__()
@@ -167,25 +181,22 @@ class Add(nn.Module):
         return tokens + noise * getattr(self, "scale", 1)
 
 
-# To add a method of injection, write a class like those above and name it here. It is built with
-# the config, the channels C of its place and the number of positions 1+L; it has `code_dim`, how
-# many numbers of a code it reads, and `after_norm`, whether it acts behind a norm that follows. It
-# is called with tokens (N, K or 1, T, C), codes (N, K, code_dim) and the tokens' positions (N, T),
-# 0 for the class token, 1... for the patches in raster order, and returns (N, K, T, C).
+# To add a method of injection, write a subclass of Injection and name it here.
 INJECTIONS = {"adain": AdaIN, "local_adain": LocalAdaIN, "add": Add}
 
 
 # -------------------------------------------------------------------------------------------------
+# Patches, targets, and the loss.
 
 
 def pick(values, indices):
-    """values (N, K, T, C), indices (N, S) into T -> (N, K, S, C)."""
+    """Selects tokens: values (N, K, T, C), indices (N, S) into T -> (N, K, S, C)."""
     n, k, _, c = values.shape
     return values.gather(2, indices[:, None, :, None].expand(n, k, -1, c))
 
 
 def patchify(images, patch_size):
-    """images (N, 3, H, W) -> (N, L, P*P*3), patches in raster order."""
+    """images (N, 3, H, W) -> patches (N, L, P*P*3) in raster order."""
     n, c, h, w = images.shape
     x = images.reshape(n, c, h // patch_size, patch_size, w // patch_size, patch_size)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, patch_size**2 * c)
@@ -200,14 +211,15 @@ def unpatchify(patches, grid):
 
 
 def patch_statistics(patches):
-    """Mean and standard deviation of each patch, as norm_pix_loss takes them (unbiased variance +
-    1e-6)."""
+    """Mean and standard deviation of each patch, as norm_pix_loss uses them (1e-6 is added to the
+    unbiased variance)."""
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def target_patches(images, patch_size, norm_pix_loss):
-    """What predictions are compared with: (N, L, P*P*3)."""
-    # To learn something else than pixels, change this function (and decoder_pred's width).
+    """What the network learns to predict for images (N, 3, H, W): (N, L, P*P*3)."""
+    # To predict something else than pixels, change this function; the number of values per patch
+    # is the width of `decoder_pred`, and `pixels` turns predictions into pixels for pictures.
     patches = patchify(images, patch_size)
     if norm_pix_loss:
         mean, std = patch_statistics(patches)
@@ -221,69 +233,71 @@ def masked_patches(mask, n_masked):
 
 
 def masked_target(images, mask, pred, norm_pix_loss):
-    """What predictions of the masked patches, pred (..., M, P*P*3), are compared with: (N, 1, M,
-    P*P*3)."""
+    """The targets (N, 1, M, P*P*3) of predictions of the masked patches, pred (..., M, P*P*3)."""
     target = target_patches(images, math.isqrt(pred.shape[-1] // 3), norm_pix_loss)
     return pick(target[:, None], masked_patches(mask, pred.shape[-2]))
 
 
 def reconstruction_loss(pred, images, mask, norm_pix_loss=True):
     """Mean squared error over each image's masked patches (MAE, section 3): (N,) for pred (N, L or
-    M, P*P*3), (N, K) for (N, K, L or M, P*P*3). images (N,3,H,W) normalised; mask (N,L), 1 =
-    removed; all images have M removed patches."""
+    M, P*P*3), (N, K) for pred (N, K, L or M, P*P*3). images (N,3,H,W) normalised; mask (N,L), 1 =
+    removed; every image has M removed patches."""
     if pred.ndim == 3:
         return reconstruction_loss(pred[:, None], images, mask, norm_pix_loss)[:, 0]
-    if pred.shape[-2] == mask.shape[1]:  # of all patches
+    if pred.shape[-2] == mask.shape[1]:  # predictions of all patches
         pred = pick(pred, masked_patches(mask, int(mask[0].sum())))
     target = masked_target(images, mask, pred, norm_pix_loss)
-    # To try another loss, change this line.
+    # To try another loss, change this line. Training, the exhaustive choice of codes and validation
+    # follow; the surrogate (--sampler surrogate) goes on to pick the codes that it tries by squared
+    # error to `masked_target`. The form of the target is `target_patches`.
     return (pred - target).square().mean((-1, -2))
 
 
-class Prefix(NamedTuple):
-    """What is computed once per image, before the first injection."""
-
-    tokens: torch.Tensor  # (N, 1, T, C)
-    positions: torch.Tensor  # (N, 1+V+M): class token, visible patches, masked ones in raster order
-    mask: torch.Tensor  # (N, L), 1 = removed, and to be predicted
-    n_visible: int  # V
+# -------------------------------------------------------------------------------------------------
+# Blocks.
 
 
-class Step(NamedTuple):
-    """A part of the network: tokens (N, 1 or K, T, C), codes (N, K, D) or None, positions (N, 1+L)
-    -> tokens."""
-
-    run: Callable
-    reads_codes: bool = False
-    narrows: bool = False  # gives only the tokens whose predictions are wanted
-
-
-def attend(queries, keys, values, num_heads):
-    """Attention of tokens (B, S, C) to tokens (B, T, C), without projections: (B, S, C)."""
-    heads = [
-        x.unflatten(2, (num_heads, -1)).transpose(1, 2) for x in (queries, keys, values)
-    ]  # (B, heads, S or T, C/heads)
-    return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+def split_heads(x, num_heads):
+    """(B, T, C) -> (B, heads, T, C/heads)."""
+    return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
 
 
 def run_block(block, tokens, first=0):
-    """timm's Block, which knows nothing of codes, on tokens (N, K, T, C): what becomes of those
-    from `first` on, which attend to all; the others are not computed."""
+    """timm's Block on tokens (N, K, T, C) -> (N, K, T-first, C). Computes outputs only for tokens
+    from index `first` on, which attend to all tokens."""
     x = tokens.flatten(0, 1)  # (N*K, T, C)
-    if not first:
-        return block(x).unflatten(0, tokens.shape[:2])
-    attention, channels, x_norm = block.attn, x.shape[2], block.norm1(x)
-    weights, biases = attention.qkv.weight, attention.qkv.bias
-    queries = F.linear(x_norm[:, first:], weights[:channels], biases[:channels])
-    keys, values = F.linear(x_norm, weights[channels:], biases[channels:]).chunk(2, dim=-1)
-    mixed = attend(queries, keys, values, attention.num_heads)
-    x = x[:, first:] + attention.proj(mixed)
-    return (x + block.mlp(block.norm2(x))).unflatten(0, tokens.shape[:2])
+    if first:  # the same as block(x)[:, first:]
+        mixed = attend_from(block.attn, block.norm1(x), first)
+        x = x[:, first:] + block.drop_path1(block.ls1(mixed))
+        x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    else:
+        x = block(x)
+    return x.unflatten(0, tokens.shape[:2])
+
+
+def attend_from(attention, x, first):
+    """timm's Attention on x (B, T, C) with queries from index `first` on only: (B, T-first, C)."""
+    sizes = [x.shape[2], 2 * x.shape[2]]
+    query_weight, memory_weight = attention.qkv.weight.split(sizes)
+    bias = attention.qkv.bias
+    query_bias, memory_bias = (None, None) if bias is None else bias.split(sizes)
+    queries = F.linear(x[:, first:], query_weight, query_bias)
+    keys, values = F.linear(x, memory_weight, memory_bias).chunk(2, dim=-1)
+    queries, keys, values = (
+        split_heads(part, attention.num_heads) for part in (queries, keys, values)
+    )
+    x = F.scaled_dot_product_attention(
+        attention.q_norm(queries),
+        attention.k_norm(keys),
+        values,
+        dropout_p=attention.attn_drop.p if attention.training else 0.0,
+    )  # (B, heads, T-first, C/heads)
+    return attention.proj_drop(attention.proj(attention.norm(x.transpose(1, 2).flatten(2))))
 
 
 class CrossBlock(nn.Module):
-    """A block whose tokens attend to other ones, not to each other (the decoder of CrossMAE, Fu et
-    al. 2025, section 3)."""
+    """A block whose tokens attend to a memory of other tokens, not to each other (the decoder of
+    CrossMAE, Fu et al. 2025, section 3)."""
 
     def __init__(self, dim, num_heads, qkv_bias, norm_layer):
         super().__init__()
@@ -295,30 +309,43 @@ class CrossBlock(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, tokens, memory):
-        """tokens (N, 1 or K, S, C), memory (N, 1 or K, T, C), which they attend to -> (N, 1 or K,
-        S, C)."""
+        """tokens (N, 1 or K, S, C), memory (N, 1 or K, T, C) -> tokens (N, 1 or K, S, C)."""
         n, k = len(tokens), max(tokens.shape[1], memory.shape[1])
-        queries, memory = self.q(self.norm1(tokens)), self.kv(memory)
-        queries, memory = (x.expand(n, k, -1, -1).flatten(0, 1) for x in (queries, memory))
-        mixed = attend(queries, *memory.chunk(2, dim=-1), self.num_heads)
-        x = tokens + self.proj(mixed).unflatten(0, (n, k))
+        parts = (self.q(self.norm1(tokens)), *self.kv(memory).chunk(2, dim=-1))
+        queries, keys, values = (
+            split_heads(part.expand(n, k, -1, -1).flatten(0, 1), self.num_heads) for part in parts
+        )  # (N*K, heads, S or T, C/heads)
+        x = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
+        x = tokens + self.proj(x).unflatten(0, (n, k))
         return x + self.mlp(self.norm2(x))
 
 
-DECODERS = {"self": Block, "cross": CrossBlock}  # the blocks that a decoder is made of
+DECODERS = {"self": Block, "cross": CrossBlock}  # --decoder -> the decoder's blocks
+
+
+# -------------------------------------------------------------------------------------------------
+# The network.
+
+
+class Prefix(NamedTuple):
+    """The part of a forward pass that no code changes, computed once per image."""
+
+    tokens: torch.Tensor  # (N, 1, T, C)
+    positions: torch.Tensor  # (N, 1+V+M): class token, visible patches, masked ones in raster order
+    mask: torch.Tensor  # (N, L), 1 = removed and to be predicted
+    n_visible: int  # V
 
 
 class ImplicitMAE(nn.Module):
     """A masked autoencoder whose completions depend on latent codes. Without codes, or with an
-    empty ip_spec, it is MAE, and its parameters have the names of facebookresearch/mae; those of
-    injections are `injections.PLACE.*`. With the decoder "cross", masked tokens attend to the
-    visible ones only: for a share of them (`predict_ratio`) the others need not be computed."""
+    empty ip_spec, it is MAE. Parameters have the names of facebookresearch/mae; those of injections
+    are `injections.PLACE.*`."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         c, norm = config, partial(nn.LayerNorm, eps=config.norm_eps)
-        length = c.grid[0] * c.grid[1]
+        self.n_blocks = c.depth + c.decoder_depth
         self.patch_embed = PatchEmbed(c.image_size, c.patch_size, 3, c.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.dim))
         self.pos_embed = nn.Parameter(sincos_position_embedding(c.grid, c.dim), requires_grad=False)
@@ -338,16 +365,7 @@ class ImplicitMAE(nn.Module):
         self.decoder_norm = norm(c.decoder_dim)
         self.decoder_pred = nn.Linear(c.decoder_dim, c.patch_size**2 * 3)
         self._initialize()
-
-        self.injections = nn.ModuleDict()
-        self.code_slices = {}  # place -> its part of a code
-        self.code_dim = 0  # D
-        for place, method in c.ip_spec:
-            in_encoder = place != "mask" and place < c.depth
-            injection = INJECTIONS[method](c, c.dim if in_encoder else c.decoder_dim, 1 + length)
-            self.injections[str(place)] = injection
-            self.code_slices[place] = slice(self.code_dim, self.code_dim + injection.code_dim)
-            self.code_dim += injection.code_dim
+        self._add_injections()
 
     def _initialize(self):
         """MAE's initial values."""
@@ -359,109 +377,34 @@ class ImplicitMAE(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.config.dim, -1))
 
-    # The network is a list of steps, which is split in front of the first that reads codes. The
-    # last decoder block, and all behind it, compute the tokens from `first` on only.
+    def _add_injections(self):
+        """Builds the injections of ip_spec and finds out where the first one acts."""
+        c, n_positions = self.config, self.pos_embed.shape[1]
+        self.injections = nn.ModuleDict()
+        self.code_dim = 0  # D
+        self.injected_at = {}  # point -> key of its injection, the slice of a code that it reads
+        points_after_norm = {c.depth - 1: "norm", self.n_blocks - 1: "decoder_norm"}
+        for place, method in c.ip_spec:
+            in_encoder = place != "mask" and place < c.depth
+            injection = INJECTIONS[method](c, c.dim if in_encoder else c.decoder_dim, n_positions)
+            self.injections[str(place)] = injection
+            point = points_after_norm.get(place, place) if injection.after_norm else place
+            code_slice = slice(self.code_dim, self.code_dim + injection.code_dim)
+            self.injected_at[point] = str(place), code_slice
+            self.code_dim = code_slice.stop
 
-    def _inject(self, place, first=0):
-        """The step that injects codes at a place, as a list of one; empty where nothing is
-        injected. Its tokens are those from `first` on."""
-        if place not in self.code_slices:
-            return []
-
-        def inject(tokens, codes, positions):
-            if codes is None:
-                return tokens
-            codes = codes[..., self.code_slices[place]]
-            positions = positions[:, first : first + tokens.shape[2]]
-            return self.injections[str(place)](tokens, codes.to(tokens.dtype), positions)
-
-        return [Step(inject, reads_codes=True)]
-
-    def _block_steps(self, blocks, first_place, norm, first=None, run=run_block):
-        """Blocks, each followed by its injection, and the norm behind the last. The last one gives
-        the tokens from `first` on only, if that is given."""
-        last_place = first_place + len(blocks) - 1
-        steps = []
-        for place, block in enumerate(blocks, first_place):
-            narrows = first is not None and place == last_place
-            start = first if narrows else 0
-            step = lambda x, *_, block=block, start=start: run(block, x, start)  # noqa: E731
-            steps += [Step(step, narrows=narrows), *self._inject(place, start)]
-        behind_norm = place in self.code_slices and self.injections[str(place)].after_norm
-        steps.insert(len(steps) - behind_norm, Step(lambda x, *_: norm(x)))
-        return steps
-
-    def _encoder_steps(self):
-        return self._block_steps(self.blocks, 0, self.norm)
-
-    def _decoder_steps(self, first):
-        depth = len(self.blocks)
-        if self.config.decoder == "cross":  # as one step
-            in_decoder = any(place == "mask" or place >= depth for place in self.code_slices)
-            return [Step(partial(self._decode_across, first), in_decoder, narrows=True)]
-        return [
-            Step(lambda x, *_: self.decoder_embed(x)),
-            Step(self._append_mask_tokens, reads_codes="mask" in self.code_slices),
-            *self._block_steps(self.decoder_blocks, depth, self.decoder_norm, first),
-        ]
-
-    def _decode_across(self, first, tokens, codes, positions):
-        """The cross-attention decoder: the encoder's tokens (N, 1 or K, 1+V, C) -> (N, K, S, C),
-        those of positions[:, first:] (N, S)."""
-        seen, wanted = positions[:, : tokens.shape[2]], positions[:, first:]
-        memory = self.decoder_embed(tokens) + self._decoder_positions(seen)
-        x = self._mask_tokens(wanted, codes) + self._decoder_positions(wanted)
-        run = lambda block, x, _: block(x, memory)  # noqa: E731
-        for step in self._block_steps(
-            self.decoder_blocks, len(self.blocks), self.decoder_norm, run=run
-        ):
-            x = step.run(x, codes, wanted)
-        return x
-
-    def _decoder_positions(self, positions):
-        """positions (N, S) -> their embeddings in the decoder (N, 1, S, C)."""
-        return self.decoder_pos_embed[0][positions][:, None]
-
-    def _mask_tokens(self, positions, codes):
-        """The mask token at positions (N, S), with what codes make of it: (N, 1 or K, S, C)."""
-        n, s = positions.shape
-        tokens = self.mask_token[None].expand(n, 1, s, -1)
-        for inject in self._inject("mask"):
-            tokens = inject.run(tokens, codes, positions)
-        return tokens
-
-    def _append_mask_tokens(self, tokens, codes, positions):
-        """(N, 1 or K, 1+V, C) -> (N, 1 or K, 1+L, C) in the order of `positions`, with position
-        embeddings."""
-        mask_tokens = self._mask_tokens(positions[:, tokens.shape[2] :], codes)
-        k = max(tokens.shape[1], mask_tokens.shape[1])
-        tokens = torch.cat([tokens.expand(-1, k, -1, -1), mask_tokens.expand(-1, k, -1, -1)], dim=2)
-        return tokens + self._decoder_positions(positions)
-
-    def _embed(self, images, positions):
-        """images (N,3,H,W) -> class token and the patches at positions[:, 1:], embedded: (N, 1, T,
-        C). Other patches are not: a matrix product of the wanted ones stands for the
-        convolution."""
-        places, convolution = positions[:, 1:], self.patch_embed.proj
-        weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)  # (C, P*P*3)
-        patches = patchify(images.to(weight.dtype), self.config.patch_size)
-        patches = pick(patches[:, None], places - 1)
-        patches = F.linear(patches, weight, convolution.bias) + self.pos_embed[0][places][:, None]
-        class_token = (self.cls_token + self.pos_embed[:, :1])[None].expand(len(images), -1, -1, -1)
-        return torch.cat([class_token, patches], dim=2)
-
-    def _split(self, first=0):
-        """The steps before the first that reads codes, and the others. Where none does, the last
-        decoder block is of the others, so that they can leave out what is not wanted."""
-        steps = self._encoder_steps() + self._decoder_steps(first)
-        at = [i for i, step in enumerate(steps) if step.reads_codes]
-        at += [i for i, step in enumerate(steps) if step.narrows]
-        return steps[: at[0]], steps[at[0] :]
+        # `prefix` runs the blocks up to the first injection. Without injections it leaves out the
+        # last block, which `suffix` computes for the wanted tokens only, and so it does with all
+        # blocks of a cross decoder.
+        injected_blocks = [c.depth - 1 if place == "mask" else place for place, _ in c.ip_spec]
+        self.prefix_blocks = min(injected_blocks, default=self.n_blocks - 2) + 1
+        if c.decoder == "cross":
+            self.prefix_blocks = min(self.prefix_blocks, c.depth)
 
     def prefix(self, images, mask_noise, mask_ratio=0.75, predict_ratio=1.0):
-        """images (N,3,H,W) normalised, mask_noise (N,L) -> what no code changes: a Prefix for
-        `suffix`. predict_ratio: the share of all patches that is to be predicted, those of the
-        masked ones that come first by mask_noise, at most all; the others are not in its mask."""
+        """Runs the network up to the first injection: images (N,3,H,W) normalised, mask_noise (N,L)
+        -> a Prefix for `suffix`. predict_ratio: share of all patches to predict; of the masked
+        patches the ones with the lowest mask_noise are predicted, at most all."""
         length = mask_noise.shape[1]
         n_visible = int(length * (1 - mask_ratio))
         n_predicted = max(1, min(length - n_visible, round(length * predict_ratio)))
@@ -469,24 +412,24 @@ class ImplicitMAE(nn.Module):
         visible, masked = order.split([n_visible, length - n_visible], dim=1)
         masked = masked[:, :n_predicted].sort(dim=1).values
         mask = torch.zeros_like(mask_noise).scatter_(1, masked, 1)
-        positions = F.pad(
-            torch.cat([visible, masked], dim=1) + 1, (1, 0)
-        )  # (N, 1+V+M), 0: the class token
+        patches = torch.cat([visible, masked], dim=1)
+        positions = F.pad(patches + 1, (1, 0))  # (N, 1+V+M); 0 is the class token
         tokens = self._embed(images, positions[:, : 1 + n_visible])
-        for step in self._split()[0]:
-            tokens = step.run(tokens, None, positions)
+        tokens = self._run(tokens, None, positions, 0, self.prefix_blocks)
         return Prefix(tokens, positions, mask, n_visible)
 
     def suffix(self, prefix, codes, masked_only=True):
-        """Predictions (N, K, M or L, P*P*3) in raster order for codes (N, K, D); without codes
-        there is no K."""
-        first = 1 + prefix.n_visible if masked_only else 1
-        steps, tokens = self._split(first)[1], prefix.tokens
-        if not any(step.narrows for step in steps):  # codes enter behind the last block only
-            tokens = tokens[:, :, first:]
-        for step in steps:
-            tokens = step.run(tokens, codes, prefix.positions)
-        pred = self.decoder_pred(tokens)
+        """Runs the rest of the network for codes (N, K, D): predictions (N, K, M, P*P*3) of the
+        masked patches, with masked_only=False (N, K, L, P*P*3) of all, in raster order. Without
+        codes the dimension K is missing."""
+        positions, x = prefix.positions, prefix.tokens
+        first = 1 + prefix.n_visible if masked_only else 1  # the first token to predict
+        if self.prefix_blocks == self.n_blocks:  # the last block has computed all tokens
+            positions, x = positions[:, first:], x[:, :, first:]
+        x = self._inject(self.prefix_blocks - 1, x, codes, positions)
+        x = self._run(x, codes, positions, self.prefix_blocks, self.n_blocks, first)
+        x = self._inject("decoder_norm", self.decoder_norm(x), codes, prefix.positions[:, first:])
+        pred = self.decoder_pred(x)
         if not masked_only:
             pred = pick(pred, prefix.positions[:, 1:].argsort(dim=1))
         return pred[:, 0] if codes is None else pred
@@ -503,22 +446,81 @@ class ImplicitMAE(nn.Module):
     ):
         """images (N,3,H,W) normalised, mask_noise (N,L) whose argsort is the mask as in MAE, codes
         (N,K,D) or None -> pred (N, K, L, P*P*3), without codes (N, L, P*P*3); mask (N, L), 1 =
-        removed (of those, the ones that are predicted)."""
+        removed and to be predicted."""
         prefix = self.prefix(images, mask_noise, mask_ratio, predict_ratio)
         return self.suffix(prefix, codes, masked_only), prefix.mask
 
     def encode(self, images, codes=None):
-        """images (N,3,H,W) normalised, codes (N, D) or None -> unmasked tokens (N, 1+L, C) after
-        the encoder's norm; codes (N, K, D) -> (N, K, 1+L, C), with 1 for K where no encoder block
-        reads codes."""
-        length = self.pos_embed.shape[1]
-        positions = torch.arange(length, device=images.device).expand(len(images), -1)
-        tokens = self._embed(images, positions)
+        """Runs the encoder on all patches: images (N,3,H,W) normalised, codes (N, D) or None ->
+        tokens (N, 1+L, C) after the last norm; codes (N, K, D) -> (N, K, 1+L, C), with 1 for K
+        where no encoder block reads codes."""
+        positions = torch.arange(self.pos_embed.shape[1], device=images.device)
+        positions = positions.expand(len(images), -1)
         several = codes is not None and codes.ndim == 3
         codes = codes if codes is None or several else codes[:, None]
-        for step in self._encoder_steps():
-            tokens = step.run(tokens, codes, positions)
-        return tokens if several else tokens[:, 0]
+        x = self._run(self._embed(images, positions), codes, positions, 0, len(self.blocks))
+        x = self._inject("norm", self.norm(x), codes, positions)
+        return x if several else x[:, 0]
+
+    def _run(self, x, codes, positions, start, stop, first=0):
+        """Runs blocks start to stop-1, numbered through encoder and decoder, each followed by its
+        injection. x (N, 1 or K, T, C) are the tokens at positions[:, :T]; the result has the
+        tokens at positions[:, first:] if the last block, or a cross decoder, is run."""
+        blocks = [*self.blocks, *self.decoder_blocks]
+        memory = None  # the tokens that a cross decoder attends to
+        for place in range(start, stop):
+            if place == len(self.blocks):
+                x, positions, memory = self._enter_decoder(x, codes, positions, first)
+            if memory is not None:
+                x = blocks[place](x, memory)
+            elif place == self.n_blocks - 1:  # no block follows that would read the other tokens
+                x, positions = run_block(blocks[place], x, first), positions[:, first:]
+            else:
+                x = run_block(blocks[place], x)
+            x = self._inject(place, x, codes, positions)
+        return x
+
+    def _inject(self, point, x, codes, positions):
+        """Injects codes (N, K, D) into tokens x (N, 1 or K, T, C) at positions[:, :T], where the
+        point has an injection: (N, K, T, C). Points: a block's number, "mask", "norm" and
+        "decoder_norm" stand for that module's output. Without codes x stays as it is."""
+        if codes is None or point not in self.injected_at:
+            return x
+        key, code_slice = self.injected_at[point]
+        codes = codes[..., code_slice].to(x.dtype)
+        return self.injections[key](x, codes, positions[:, : x.shape[2]])
+
+    def _embed(self, images, positions):
+        """images (N,3,H,W) -> the class token and the patches at positions[:, 1:]: (N, 1, T, C).
+        Embeds only the selected patches: the same result as the convolution."""
+        patch_positions, convolution = positions[:, 1:], self.patch_embed.proj
+        weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)  # (C, P*P*3)
+        patches = patchify(images.to(weight.dtype), self.config.patch_size)
+        patches = pick(patches[:, None], patch_positions - 1)  # (N, 1, T-1, P*P*3)
+        patches = F.linear(patches, weight, convolution.bias)
+        patches = patches + self.pos_embed[0][patch_positions][:, None]
+        class_token = (self.cls_token + self.pos_embed[:, :1])[None].expand(len(images), -1, -1, -1)
+        return torch.cat([class_token, patches], dim=2)
+
+    def _enter_decoder(self, x, codes, positions, first):
+        """Encoder tokens x (N, 1 or K, 1+V, C) -> the tokens that the decoder's blocks transform
+        (N, 1 or K, T, C), their positions (N, T), and the memory that they attend to: None, as they
+        attend to each other; of a cross decoder the visible tokens."""
+        x = self._inject("norm", self.norm(x), codes, positions)
+        visible = self.decoder_embed(x)
+        n_visible = visible.shape[2]  # with the class token
+        position_embeddings = self.decoder_pos_embed[0][positions][:, None]  # (N, 1, 1+V+M, C)
+        cross = self.config.decoder == "cross"
+        begin = first if cross else n_visible  # the first position with a mask token
+        masked_positions = positions[:, begin:]
+        mask_tokens = self.mask_token.expand(*masked_positions.shape, -1)[:, None]
+        mask_tokens = self._inject("mask", mask_tokens, codes, masked_positions)
+        if cross:
+            memory = visible + position_embeddings[:, :, :n_visible]
+            return mask_tokens + position_embeddings[:, :, begin:], masked_positions, memory
+        k = max(visible.shape[1], mask_tokens.shape[1])
+        x = torch.cat([part.expand(-1, k, -1, -1) for part in (visible, mask_tokens)], dim=2)
+        return x + position_embeddings, positions, None
 
     def sample_codes(self, seeds, k):
         """seeds (N,) int64 -> the first k codes (N, k, D) of each seed's sequence from the prior
@@ -527,31 +529,27 @@ class ImplicitMAE(nn.Module):
         return self.numbered_codes(seeds, numbers.expand(len(seeds), -1))
 
     def numbered_codes(self, seeds, numbers):
-        """seeds (N,) int64 -> the codes (N, k, D) with these numbers (N, k), from 0, of each seed's
-        sequence from the prior N(0, I)."""
+        """seeds (N,) int64, numbers (N, k) from 0 on -> the codes (N, k, D) with these numbers in
+        each seed's sequence from the prior N(0, I)."""
         counters = numbers[..., None] * self.code_dim
         counters = counters + torch.arange(self.code_dim, device=numbers.device)  # (N, k, D)
         return random_normal(mix_seeds(seeds, Stream.CODE)[:, None, None], counters)
 
     def code_features(self, codes):
-        """codes (N, k, D) -> (N, k, F): what the injections make of codes, before they meet tokens;
-        the code itself where an injection has no mapping net."""
-        parts = []
-        for place, part in self.code_slices.items():
-            mapping = getattr(self.injections[str(place)], "mapping", nn.Identity())
-            parts.append(mapping(codes[..., part].to(self.pos_embed.dtype)))
-        return torch.cat(parts, dim=-1)
+        """codes (N, k, D) -> (N, k, F): the features of all injections, side by side."""
+        codes = codes.to(self.pos_embed.dtype)
+        points = self.injected_at.values()
+        return torch.cat([self.injections[k].features(codes[..., part]) for k, part in points], -1)
 
 
 # -------------------------------------------------------------------------------------------------
+# Building models, and what training and pictures need of them.
 
 
 def sincos_position_embedding(grid, dim):
-    """Fixed 2-D sine-cosine embedding (1, 1+L, dim), zero for the class token, in MAE's order (the
-    column's half first)."""
-    x = build_sincos2d_pos_embed(
-        list(grid), dim
-    )  # (L, dim) as sin(row), sin(column), cos(row), cos(column)
+    """Fixed 2-D sine-cosine embedding (1, 1+L, dim), zero for the class token, in MAE's order: the
+    column's half first."""
+    x = build_sincos2d_pos_embed(list(grid), dim)  # (L, dim): sines, then cosines, rows first
     x = x.unflatten(1, (2, 2, -1)).transpose(1, 2).flip(1).flatten(1)
     return F.pad(x, (0, 0, 1, 0))[None]
 
@@ -562,29 +560,29 @@ def build(config):
 
 
 def in_precision(model, dtype):
-    """The model for what needs no gradients: a copy in a lower precision, itself for float32. Half
-    the memory traffic of autocast, which also computes residuals and norms in float32."""
+    """The model for computing without gradients: a copy in a lower precision; for float32 the model
+    itself. A copy needs half the memory traffic of autocast, whose residuals and norms are
+    float32."""
     return model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
 
 
 def parameter_groups(model, weight_decay):
-    """Groups for AdamW: of the MAE ("mae") and of the injections ("z"), each with decay and, for
-    biases, norms and tokens, without. Frozen position embeddings are left out."""
+    """Groups for AdamW: the parameters of the MAE (part "mae") and of the injections (part "z"),
+    each with weight decay and, for biases, norms and tokens, without. Frozen position embeddings
+    are left out."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = "z" if name.startswith("injections.") else "mae"
             decay = 0.0 if parameter.ndim < 2 or name.endswith("_token") else weight_decay
-            group = groups.setdefault(
-                (part, decay), {"params": [], "part": part, "weight_decay": decay}
-            )
-            group["params"].append(parameter)
+            group = {"params": [], "part": part, "weight_decay": decay}
+            groups.setdefault((part, decay), group)["params"].append(parameter)
     return list(groups.values())
 
 
 def pixels(pred, images, config):
-    """pred (N,K,L,P*P*3) in the units of images (N,3,H,W): predicted normalised patches get the
-    true ones' mean and deviation."""
+    """Predictions (N,K,L,P*P*3) as normalised pixels of images (N,3,H,W). With norm_pix_loss they
+    get the mean and deviation of the true patches, which the network does not predict."""
     if not config.norm_pix_loss:
         return pred
     mean, std = patch_statistics(patchify(images, config.patch_size)[:, None])
@@ -592,7 +590,7 @@ def pixels(pred, images, config):
 
 
 def paste(patches, images, mask):
-    """patches (N,K,L,P*P*3) pasted into images (N,3,H,W) where mask (N,L) is 1: (N,K,3,H,W)."""
+    """Pastes patches (N,K,L,P*P*3) into images (N,3,H,W) where mask (N,L) is 1: (N,K,3,H,W)."""
     patch_size = math.isqrt(patches.shape[-1] // 3)
     grid = (images.shape[-2] // patch_size, images.shape[-1] // patch_size)
     true = patchify(images, patch_size)[:, None]
@@ -601,8 +599,9 @@ def paste(patches, images, mask):
 
 @torch.no_grad()
 def completions(model, images, mask_noise, codes, mask_ratio):
-    """images (N,3,H,W) normalised, codes (N,K,D) or None -> pictures uint8 (N, 2 + K or 1, 3, H,
-    W): image, masked image, the completions with the visible patches pasted in."""
+    """Pictures uint8 (N, 2 + K, 3, H, W) for images (N,3,H,W) normalised and codes (N,K,D): the
+    image, the masked image, and a completion per code, with the visible patches pasted in. Without
+    codes (None) K is 1."""
     pred, mask = model(images, mask_noise, codes, mask_ratio)
     pred = pred.float() if codes is not None else pred[:, None].float()  # (N, K, L, P*P*3)
     gray = normalize(images.new_full((1, 3, 1, 1), 128)).flatten().repeat(pred.shape[-1] // 3)

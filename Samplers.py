@@ -1,58 +1,116 @@
-"""Trying codes in passes; and choosing among many without trying each: most are ruled out by what
-the tried ones tell. Pure tensors in and out.
+"""What choosing codes rests on: passes of codes, the loss that codes are chosen by, and the
+surrogate, which chooses among many codes and tries only some of them. Pure tensors in and out.
 
-Letters in shapes: N images, S codes per image, k of them tried, Q predicted values."""
+Letters in shapes: N images, S codes per image, k of these, Q predicted values."""
 
 import math
 
 import torch
 
-from Models import reconstruction_loss
+from Models import masked_target, reconstruction_loss
 
 
-def ranks(losses, rs_epsilon=0.0):
-    """losses (N,k) as codes compete by them, the lowest first: one that is not finite never wins;
-    those below rs_epsilon come behind all others, the highest first (RS-IMLE, Vashist et al. 2024:
-    samples nearer than epsilon are rejected, so that training meets the codes that inference
-    will)."""
+def code_passes(model, prefix, seeds, numbers, codes_per_pass):
+    """Yields the codes (N, k, D) with the numbers (N, S) in the sequences of seeds (N,), in passes
+    of k = codes_per_pass codes per image. `prefix`: model.prefix of the images."""
+    if numbers.device.type == "cpu":  # small passes: their activations fit the CPU's cache
+        values_per_code = prefix.positions.numel() * model.config.decoder_dim
+        codes_per_pass = min(codes_per_pass, max(1, 2**21 // values_per_code))
+    for part in numbers.split(codes_per_pass, dim=1):
+        yield model.numbered_codes(seeds, part)
+
+
+def image_losses(model, pred, images, mask):
+    """The loss of each image (N,), or image and code (N, K), in float32: codes are chosen by it,
+    and gradients are taken of it. Arguments as of Models.reconstruction_loss."""
+    return reconstruction_loss(pred, images, mask, model.config.norm_pix_loss).float()
+
+
+def sort_keys(losses, rs_epsilon=0.0):
+    """Sort keys of losses (N, k): the lowest wins. Losses that are not finite become inf. Losses
+    below rs_epsilon come after all other finite ones, the highest first (RS-IMLE, Vashist et al.
+    2024: training rejects samples nearer than epsilon, to see codes like those of inference)."""
     losses = torch.where(losses.isfinite(), losses, math.inf).double()
     return torch.where(losses < rs_epsilon, 1e9 - losses, losses)
 
 
-def search(attempt, kernel, tries, rs_epsilon=0.0):
-    """Tries `tries` of each image's S codes: a third as they come, then, in rounds of a sixth,
-    those that rank first by `predicted_losses`. attempt(numbers (N,k)) -> residuals (N,k,Q), losses
-    (N,k); kernel (N,S,S) -> numbers (N,tries) of the tried codes, and their losses."""
-    numbers = torch.arange(n_random(tries), device=kernel.device).expand(len(kernel), -1)
-    residuals, losses = attempt(numbers)
-    while (left := tries - numbers.shape[1]) > 0:
-        predicted = ranks(predicted_losses(kernel, numbers, residuals), rs_epsilon)
-        predicted = predicted.clamp(max=1e18).scatter(1, numbers, math.inf)  # none is tried twice
-        best = predicted.topk(min(left, max(1, tries // 6)), dim=1, largest=False).indices
-        parts = zip((numbers, residuals, losses), (best, *attempt(best)), strict=True)
-        numbers, residuals, losses = (torch.cat(pair, dim=1) for pair in parts)
-    return numbers, losses
+# -------------------------------------------------------------------------------------------------
+# The surrogate.
 
 
-def n_random(tries):
-    """How many of the tried codes, the first ones, are taken as they come."""
-    return max(1, tries // 3)
+@torch.no_grad()
+def choose_codes_surrogate(
+    model,
+    images,
+    mask_noise,
+    seeds,
+    *,
+    codes_per_image,
+    codes_per_pass,
+    tries,
+    mask_ratio=0.75,
+    predict_ratio=1.0,
+    rs_epsilon=0.0,
+    prefix=None,
+):
+    """TrainIMLE.choose_codes with only `tries` of the codes tried: the first third of them as they
+    come, then, in rounds of a sixth, the codes with the lowest predicted losses. Arguments and
+    results as there, but the mean loss is over the first third."""
+    if prefix is None:
+        prefix = model.prefix(images, mask_noise, mask_ratio, predict_ratio)
+    numbers = torch.arange(codes_per_image, device=images.device).expand(len(images), -1)  # (N, S)
+    features = model.code_features(model.numbered_codes(seeds, numbers)).float()  # (N, S, F)
+    kernel = features @ features.transpose(1, 2)  # (N, S, S)
+
+    n_first, per_round = max(1, tries // 3), max(1, tries // 6)
+    tried = numbers[:, :n_first]
+    residuals, losses = try_codes(model, prefix, images, seeds, tried, codes_per_pass)
+    while (left := tries - tried.shape[1]) > 0:
+        n_next = min(left, per_round)
+        following = most_promising(kernel, tried, residuals, n_next, rs_epsilon)  # (N, n_next)
+        results = try_codes(model, prefix, images, seeds, following, codes_per_pass)
+        tried = torch.cat([tried, following], dim=1)
+        residuals, losses = (
+            torch.cat(pair, dim=1) for pair in zip((residuals, losses), results, strict=True)
+        )
+
+    best = sort_keys(losses, rs_epsilon).argmin(dim=1, keepdim=True)  # (N, 1)
+    chosen = tried.gather(1, best)
+    codes = model.numbered_codes(seeds, chosen)
+    return codes[:, 0], chosen[:, 0], losses.gather(1, best)[:, 0], losses[:, :n_first].mean(1)
 
 
-def kernel_matrix(features):
-    """Linear kernel of codes' features (N,S,F) -> (N,S,S)."""
-    return features.float() @ features.float().transpose(1, 2)
+def try_codes(model, prefix, images, seeds, numbers, codes_per_pass):
+    """Residuals (N, k, Q), prediction minus target, and losses (N, k) of the codes with the numbers
+    (N, k) in the sequences of seeds (N,)."""
+    residuals, losses = [], []
+    for codes in code_passes(model, prefix, seeds, numbers, codes_per_pass):
+        pred = model.suffix(prefix, codes)  # (N, k, M, P*P*3)
+        target = masked_target(images, prefix.mask, pred, model.config.norm_pix_loss)
+        residuals.append((pred - target).flatten(2))
+        losses.append(image_losses(model, pred, images, prefix.mask))
+    return torch.cat(residuals, dim=1), torch.cat(losses, dim=1)
 
 
-def predicted_losses(kernel, numbers, residuals, ridge=0.1):
-    """The squared error (N,S) of every code, were its completion a sum of the tried ones, with the
-    weights of kernel ridge regression (Saunders et al. 1998) around the tried codes' mean.
+def most_promising(kernel, tried, residuals, count, rs_epsilon=0.0):
+    """The numbers (N, count) of the codes with the lowest predicted losses that are not yet among
+    the tried ones (N, k). Other arguments as of predicted_losses."""
+    keys = sort_keys(predicted_losses(kernel, tried, residuals), rs_epsilon)
+    keys = keys.clamp(max=1e18).scatter(1, tried, math.inf)  # inf is left for tried codes alone
+    return keys.topk(count, dim=1, largest=False).indices
 
-    kernel (N,S,S); numbers (N,k) of the tried codes, residuals (N,k,Q): prediction minus target;
-    ridge: as a share of the tried codes' mean squared distance from their mean."""
-    n, k = numbers.shape
-    columns = numbers[:, None].expand(-1, k, -1)
-    rows = kernel.gather(1, numbers[:, :, None].expand(-1, -1, kernel.shape[2]))  # (N, k, S)
+
+def predicted_losses(kernel, tried, residuals, ridge=0.1):
+    """The squared error (N, S) of every code, if its completion is a weighted sum of the tried
+    codes' completions, with the weights of kernel ridge regression (Saunders et al. 1998) around
+    their mean.
+
+    kernel (N, S, S) of the codes' features; tried (N, k): numbers of the tried codes; residuals
+    (N, k, Q): their predictions minus the target; ridge: share of the tried codes' mean squared
+    distance from their mean."""
+    n, k = tried.shape
+    columns = tried[:, None].expand(-1, k, -1)
+    rows = kernel.gather(1, tried[:, :, None].expand(-1, -1, kernel.shape[2]))  # (N, k, S)
     rows = rows - rows.mean(1, keepdim=True)
     rows = rows - rows.gather(2, columns).mean(2, keepdim=True)
     among = rows.gather(2, columns)  # (N, k, k)
@@ -64,17 +122,10 @@ def predicted_losses(kernel, numbers, residuals, ridge=0.1):
     return (weights * (errors @ weights)).sum(1)
 
 
-def code_passes(model, prefix, images, seeds, codes_per_pass, numbers):
-    """Completes images with the codes of these numbers (N,k), codes_per_pass at a time: yields
-    predictions of the masked patches (N,k,M,P*P*3), losses (N,k) float32."""
-    if images.device.type == "cpu":  # whose cache holds the activations of small passes
-        values_per_code = prefix.positions.numel() * model.config.decoder_dim
-        codes_per_pass = min(codes_per_pass, max(1, 2**21 // values_per_code))
-    for part in numbers.split(codes_per_pass, dim=1):
-        pred = model.suffix(prefix, model.numbered_codes(seeds, part))
-        yield pred, image_losses(model, pred, images, prefix.mask)
-
-
-def image_losses(model, pred, images, mask):
-    """The loss that codes are chosen by and gradients are taken of: float32 (N,) or (N,K)."""
-    return reconstruction_loss(pred, images, mask, model.config.norm_pix_loss).float()
+def find_numbers(model, seeds, codes, codes_per_image):
+    """The numbers (N,) of codes (N,D) among each image's first codes_per_image; seeds (N,)."""
+    found = []
+    for part, part_codes in zip(seeds.split(32), codes.to(seeds.device).split(32), strict=True):
+        candidates = model.sample_codes(part, codes_per_image)  # (n, S, D)
+        found.append((candidates - part_codes[:, None]).abs().sum(2).argmin(1))
+    return torch.cat(found).cpu()

@@ -164,6 +164,13 @@ def sum_over_processes(*tensors):
             dist.all_reduce(tensor)
 
 
+def max_over_processes(*tensors):
+    """Takes the maximum of each tensor over all processes, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+
+
 def from_first_process(value):
     """The value that the first process has."""
     values = [value]

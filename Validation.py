@@ -10,9 +10,10 @@ import torch
 import Data
 import LinearProbe
 import Utils
-from Augmentation import normalize, transforms
-from internals import plots, runs
+from Augmentation import normalize
+from internals import plots
 from internals.processes import StopSignal
+from internals.runs import Run
 from Models import completions, in_precision
 from Samplers import code_passes, image_losses
 from Utils import Stream, mix_seeds, random_uniform, say, sum_over_processes
@@ -27,18 +28,22 @@ class Examples:
     seeds: torch.Tensor  # (n,)
 
 
-def examples(images, count, *, transform, seed, **loading):
-    """At most `count` images, evenly spaced, with seeds by their index alone."""
-    indices = torch.arange(min(count, len(images))) * len(images) // max(1, min(count, len(images)))
-    loader = Data.ImageLoader(images, transform, **loading)
+def examples(images, count, transform, *, seed, num_workers=0, timeout=0, stopping):
+    """At most `count` images, evenly spaced; their seeds depend on their indices alone. Further
+    arguments: those of Data.ImageLoader."""
+    count = min(count, len(images))
+    indices = torch.arange(count) * len(images) // max(1, count)
+    loader = Data.ImageLoader(
+        images, transform, num_workers=num_workers, timeout=timeout, stopping=stopping
+    )
     return Examples(loader, indices, mix_seeds(seed, Stream.EVALUATION, indices))
 
 
 @torch.no_grad()
 def evaluate(model, images, mask_noise, seeds, *, codes_per_image, codes_per_pass, mask_ratio):
-    """(N, 4) for one chunk: loss averaged over codes, of the best code, without code; standard
-    deviation of the completions over codes, averaged over masked values. codes_per_image=0: without
-    codes only."""
+    """Evaluates one chunk: (N, 4) with the loss averaged over codes, the loss of the best code, the
+    loss without code, and the standard deviation of completions over codes, averaged over masked
+    values. codes_per_image=0: evaluates without code only."""
     prefix = model.prefix(images, mask_noise, mask_ratio)
     plain = model.suffix(prefix, None).float()  # (N, M, P*P*3)
     plain_loss = image_losses(model, plain, images, prefix.mask)
@@ -49,10 +54,12 @@ def evaluate(model, images, mask_noise, seeds, *, codes_per_image, codes_per_pas
     best, total = torch.full_like(plain_loss, math.inf), torch.zeros_like(plain_loss)
     first_moment, second_moment = torch.zeros_like(plain), torch.zeros_like(plain)
     numbers = torch.arange(codes_per_image, device=images.device).expand(len(images), -1)
-    for pred, losses in code_passes(model, prefix, images, seeds, codes_per_pass, numbers):
+    for codes in code_passes(model, prefix, seeds, numbers, codes_per_pass):
+        pred = model.suffix(prefix, codes)  # (N, k, M, P*P*3)
+        losses = image_losses(model, pred, images, prefix.mask)
         total += losses.sum(1)
         best = torch.minimum(best, torch.where(losses.isfinite(), losses, math.inf).min(1).values)
-        # To the completion without code: small numbers, whose squares lose nothing.
+        # Differences to the prediction without code keep the variance precise.
         difference = pred.float() - plain[:, None]
         first_moment += difference.sum(1)
         second_moment += difference.square().sum(1)
@@ -63,54 +70,49 @@ def evaluate(model, images, mask_noise, seeds, *, codes_per_image, codes_per_pas
 
 @dataclass
 class Validation:
-    """What is evaluated, chosen once. Called at every step, it validates, logs and draws when that
-    is due: every steps_per_eval, before the first step and after the last; steps_per_eval=0:
-    never."""
+    """Measures and draws with the same images, masks and codes every time."""
 
-    record: runs.Run
+    run: Run
     stop: StopSignal
     loss_examples: Examples
-    picture_examples: dict  # name of the grid -> Examples
+    picture_examples: dict  # name of a grid -> Examples
     probe: LinearProbe.FastProbe | None
-    steps_per_eval: int
-    last_step: int
+    steps_per_eval: int  # gradient steps between validations; 0: never
     images_per_pass: int
     codes_per_image: int
     codes_per_pass: int
     codes_per_picture: int
     mask_ratio: float
     dtype: torch.dtype
-    baseline: bool  # validate the starting point without codes, too
+    baseline: bool  # also validates the starting point without codes
 
-    def __call__(self, model, progress):
+    def if_due(self, model, progress, *, last_step):
+        """Validates, logs and draws: every steps_per_eval, before the first step and after the
+        last. A Stopped if the run was asked to stop meanwhile."""
         step = progress.step
-        due = self.steps_per_eval and (step % self.steps_per_eval == 0 or step == self.last_step)
+        due = self.steps_per_eval and (step % self.steps_per_eval == 0 or step == last_step)
         if not due or progress.validated == step:
             return
         start = time.perf_counter()
         try:
-            self.record_validation(model, progress, start)
-        finally:  # all time that has passed is added there with the next step, or the last save
+            values = self.validate(model, step, with_codes=model.code_dim > 0)
+            if step == 0 and self.baseline:
+                plain = self.validate(model, step, with_codes=False) if model.code_dim else values
+                values |= {f"{key}_baseline": value for key, value in plain.items()}
+            self.stop.check()  # a stop cuts a validation short: its numbers do not count
+            values["time/validation_seconds"] = time.perf_counter() - start
+            values["time/training_seconds"] = progress.seconds
+            progress.validated = step
+            self.run.log(step, progress.epoch, values)
+            self.run.draw_curves()
+            say(summary(step, values))
+        finally:  # the next Keeper.count_time adds this time, too
             progress.seconds -= time.perf_counter() - start
 
-    def record_validation(self, model, progress, start):
-        """Validates, logs and draws; a Stopped where the run was asked to stop meanwhile."""
-        step = progress.step
-        values = self.validate(model, step, with_codes=model.code_dim > 0)
-        if step == 0 and self.baseline:
-            plain = self.validate(model, step, with_codes=False) if model.code_dim else values
-            values |= {f"{key}_baseline": value for key, value in plain.items()}
-        self.stop.check()  # which may have cut this validation short
-        values["time/validation_seconds"] = time.perf_counter() - start
-        values["time/training_seconds"] = progress.seconds
-        progress.validated = step
-        self.record.log(step, progress.epoch, values)
-        self.record.draw_curves()
-        say(summary(step, values))
-
     def validate(self, model, step, with_codes):
-        """The metrics and pictures of one validation."""
+        """The metrics and pictures of one validation, by name."""
         model = in_precision(model, self.dtype)
+        # To add a metric, add it to `values`: it is logged, drawn and listed.
         values = self.losses(model, with_codes)
         if self.probe is not None:
             accuracy = self.probe(model)
@@ -186,33 +188,3 @@ def summary(step, values):
         text += f"; probe {values['fast_linear_probe/acc_te']:.3f}"
         text += f", k-NN {values['fast_linear_probe/knn_te']:.3f}"
     return f"{text} ({Utils.duration(values['time/validation_seconds'])})"
-
-
-def make_validation(record, stop, flags, images_tr, images_val, device, dtype, loading, last_step):
-    """The Validation that the flags ask for; refuses data that can't be probed. loading: keywords
-    of ImageLoader."""
-    size = tuple(flags.input_size)
-    options = {"transform": transforms(size, flags.use_augs)[1], "seed": flags.seed, **loading}
-    grids = {
-        "pretrain_train": (images_tr, flags.ex_for_vis_tr),
-        "pretrain_test": (images_val, flags.ex_for_vis_te),
-    }
-    probe = None
-    if flags.fast_linear_probe and flags.steps_per_eval:
-        probe = LinearProbe.fast_probe(flags, images_tr, images_val, size, device, **loading)
-    return Validation(
-        record,
-        stop,
-        loss_examples=examples(images_val, flags.ex_for_mse_loss, **options),
-        picture_examples={k: examples(*what, **options) for k, what in grids.items() if what[1]},
-        probe=probe,
-        steps_per_eval=flags.steps_per_eval,
-        last_step=last_step,
-        images_per_pass=flags.eval_bs,
-        codes_per_image=flags.z_per_ex_loss,
-        codes_per_pass=flags.sp,
-        codes_per_picture=flags.z_per_ex_vis,
-        mask_ratio=flags.mask_ratio,
-        dtype=dtype,
-        baseline=bool(flags.get_mae_baseline),
-    )

@@ -1,33 +1,39 @@
 """Checkpoints: tensors and plain data, saved whole or not at all, read without running code."""
 
 import argparse
+import contextlib
 import errno
+import math
+import os
 import pickle
+import time
 import warnings
 import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from Utils import InputError, RunError, say, write_atomically
+from internals.processes import Stopped
+from Utils import InputError, RunError, duration, rank, say, sum_over_processes, write_atomically
 
-# Of a disk or a system, not of a file: it may be whole, and readable another time.
-PASSING = {errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE}
+# Errors of a disk or of the system: the file itself may be whole, and readable another time.
+TEMPORARY_ERRORS = {errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE}
 
 
 def read_checkpoint(path, mmap=False):
-    """The dict in a checkpoint of ours or of facebookresearch/mae, whose training files hold an
-    argparse.Namespace; an InputError where it is missing, damaged, or wants to run code. mmap: the
-    tensors stay in the file until they are read."""
+    """Returns the dict in a checkpoint of ours or of facebookresearch/mae (whose training files
+    hold an argparse.Namespace). An InputError if the file is missing or damaged, or would run
+    code. mmap: each tensor stays in the file until it is used."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise InputError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     try:
-        is_zip = zipfile.is_zipfile(path)  # else a file of torch before 1.6
+        is_zip = zipfile.is_zipfile(path)  # torch before 1.6 wrote other files
         if is_zip and (bad := zipfile.ZipFile(path).testzip()):
             raise InputError(f"{path} is damaged: its part {bad} has a wrong checksum")
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols
+            warnings.simplefilter("ignore")  # about pickle protocols
             mmap = mmap and is_zip
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
@@ -38,7 +44,7 @@ def read_checkpoint(path, mmap=False):
     except MemoryError:
         raise
     except OSError as error:
-        if error.errno in PASSING:
+        if error.errno in TEMPORARY_ERRORS:
             raise RunError(f"{path} can't be read: {error.strerror}") from None
         raise InputError(f"{path} is damaged, or no checkpoint ({error})") from None
     except Exception as error:  # whatever a foreign file makes torch's and zipfile's readers raise
@@ -49,15 +55,16 @@ def read_checkpoint(path, mmap=False):
     return content
 
 
+# What a training run's checkpoint holds. `args`: the flags; `metrics_size`: bytes of metrics.jsonl.
 RUN_PARTS = {"model", "config", "optimizer", "scaler", "progress", "args", "metrics_size"}
 
 
-def read_run_checkpoint(path):
-    """The dict in a checkpoint that a run can go on from; an InputError that says what is missing
-    and what is there instead."""
+def read_run_checkpoint(path, parts=RUN_PARTS):
+    """Returns the dict in a checkpoint that a run can go on from; an InputError if one of `parts`
+    is missing."""
     content = read_checkpoint(path)
-    if missing := sorted(RUN_PARTS - content.keys()):
-        others = ", ".join(map(str, list(content.keys() - RUN_PARTS)[:5])) or "nothing else"
+    if missing := sorted(parts - content.keys()):
+        others = ", ".join(map(str, list(content.keys() - parts)[:5])) or "nothing else"
         missing = ", ".join(missing)
         raise InputError(f"{path} is no checkpoint of a run: it lacks {missing}; it has {others}")
     if not isinstance(content["args"], dict) or not isinstance(content["progress"], dict):
@@ -65,35 +72,233 @@ def read_run_checkpoint(path):
     return content
 
 
-def save_checkpoint(path, state):
-    """Saves a dict of tensors and plain data; an OSError where the disk does not take it."""
+def save_checkpoint(path, content):
+    """Writes a dict of tensors and plain data to `path`, whole or not at all; an OSError if the
+    disk refuses it."""
     try:
-        write_atomically(path, lambda file: torch.save(state, file))
-    except RuntimeError as error:  # of torch, about a file that it could not finish
+        write_atomically(path, lambda file: torch.save(content, file))
+    except RuntimeError as error:  # torch raises it for a file that it could not finish
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def checkpoint_paths(folder):
-    """A run's checkpoints, the newest first."""
-    kept = Path(folder, "checkpoints").glob("*step_*.pt")
-    return sorted(kept, key=lambda path: (step_of(path), path.name), reverse=True)
+    """The paths of a run's checkpoints, the newest first."""
+    paths = Path(folder, "checkpoints").glob("*step_*.pt")
+    return sorted(paths, key=lambda path: (step_of(path), path.name), reverse=True)
 
 
 def step_of(path):
-    """The gradient step in a checkpoint's name; -1 where there is none."""
+    """The gradient step in a checkpoint's file name; -1 if there is none."""
     number = path.stem.split("step_")[-1]
     return int(number) if number.isdecimal() else -1
 
 
-def newest_checkpoint(folder):
-    """(path, content) of the newest checkpoint in a run's folder that can be read, (None, None) in
-    a folder without any; an InputError where all are damaged."""
+def newest_checkpoint(folder, parts=RUN_PARTS):
+    """Returns (path, content) of the newest checkpoint in a run's folder that can be read; (None,
+    None) for a folder without checkpoints; an InputError if all are damaged."""
     paths = checkpoint_paths(folder)
     for path in paths:
         try:
-            return path, read_run_checkpoint(path)
+            return path, read_run_checkpoint(path, parts)
         except InputError as error:
             say(f"warning: {error}; using the one before")
     if paths:
         raise InputError(f"{folder}: none of its {len(paths)} checkpoints can be read")
     return None, None
+
+
+# -------------------------------------------------------------------------------------------------
+# What a run saves, and when.
+
+
+class Checkpoints:
+    """The checkpoints of one run. This class alone knows what a checkpoint holds: it is given the
+    parts once and saves and restores them."""
+
+    def __init__(self, folder, **parts):
+        """parts: name -> an object with state_dict() and load_state_dict(), or plain data, which is
+        saved as it is and not restored."""
+        self.folder, self.parts = Path(folder, "checkpoints"), parts
+
+    def state_dict(self):
+        """The content of a checkpoint now."""
+        return {
+            name: part.state_dict() if hasattr(part, "state_dict") else part
+            for name, part in self.parts.items()
+        }
+
+    def restore(self, content):
+        """Sets every part to its state in `content`, a checkpoint that was read."""
+        for name, part in self.parts.items():
+            if (
+                hasattr(part, "load_state_dict") and content[name]
+            ):  # a disabled scaler saves nothing
+                part.load_state_dict(content[name])
+
+    def save(self, progress, *, metrics_size, keep=False):
+        """Writes the newest checkpoint and deletes all before the newest two. keep: also one that
+        is never deleted. An OSError if the disk refuses it; older checkpoints then stay."""
+        content = {**self.state_dict(), "metrics_size": metrics_size}
+        save_checkpoint(newest := self.folder / f"step_{progress.step:08d}.pt", content)
+        if keep:
+            kept = self.folder / f"epoch_{progress.epoch:06d}_step_{progress.step:08d}.pt"
+            try:
+                os.link(newest, kept)
+            except OSError:  # it exists, or this disk has no hard links
+                save_checkpoint(kept, content)
+        for old in sorted(self.folder.glob("step_*.pt"))[:-2]:
+            old.unlink()
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that a checkpoint needs beside the weights and the optimizer."""
+
+    epoch: int = 0  # finished epochs
+    step: int = 0  # gradient steps done
+    epoch_step: int = 0  # of them in the current epoch
+    totals: dict = field(default_factory=dict)  # metric -> its sum over the current epoch's steps
+    counts: dict = field(default_factory=dict)  # metric -> the number of steps that had it
+    epoch_metrics: dict = field(default_factory=dict)  # metrics of the current epoch as a whole
+    # IMLE: numbers of the chosen codes of the current pool (n,), -1 where none is chosen yet, and
+    # three losses each (n, 3). Version 0.1.0 kept the codes themselves (n, D).
+    codes: torch.Tensor | None = None
+    code_losses: torch.Tensor | None = None
+    validated: int = -1  # the last step that was validated
+    seconds: float = 0.0  # of training, without validation
+
+    def step_done(self, metrics):
+        """Counts a gradient step; metrics: numbers or tensors of this step, by name."""
+        self.step += 1
+        self.epoch_step += 1
+        for name, value in metrics.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def epoch_done(self):
+        """Counts an epoch, and returns its metrics: step metrics as means over its steps."""
+        means = {name: total / self.counts[name] for name, total in self.totals.items()}
+        metrics = means | self.epoch_metrics
+        self.epoch += 1
+        self.epoch_step, self.codes, self.code_losses = 0, None, None
+        self.totals, self.counts, self.epoch_metrics = {}, {}, {}
+        return metrics
+
+    def last_step(self, epochs, steps_per_epoch):
+        """The run's last gradient step: epochs * steps_per_epoch, unless one of them changed."""
+        epochs_left = max(0, epochs - self.epoch)
+        return self.step + epochs_left * steps_per_epoch - min(self.epoch_step, steps_per_epoch)
+
+    def forget_codes(self):
+        """Drops the codes that were chosen for the current pool: they will be chosen anew."""
+        self.codes, self.code_losses, self.epoch_metrics = None, None, {}
+
+    def state_dict(self):
+        return dict(vars(self))
+
+    def load_state_dict(self, state):
+        """Takes a state of this version or of version 0.1.0."""
+        vars(self).update(from_version_0_1(state) if "losses" in state else state)
+
+
+def from_version_0_1(state):
+    """The state of Progress from that of version 0.1.0, which kept lists of losses and norms."""
+    state = dict(state)
+    losses, norms, sampled = (state.pop(name, []) for name in ("losses", "norms", "sampled"))
+    norms = [norm for norm in norms if math.isfinite(norm)]
+    series = {"pretrain/loss_tr": losses, "pretrain/grad_norm": norms}
+    return {
+        **state,
+        "epoch_step": len(losses),
+        "totals": {name: sum(values) for name, values in series.items() if values},
+        "counts": {name: len(values) for name, values in series.items() if values},
+        "epoch_metrics": dict(sampled),
+    }
+
+
+class Keeper:
+    """Saves a run's checkpoints when they are due, stops the run when it was asked to, and measures
+    its training time. All processes call each method together."""
+
+    def __init__(self, run, checkpoints, progress, stop, *, save_minutes):
+        self.run, self.checkpoints, self.progress, self.stop = run, checkpoints, progress, stop
+        self.save_seconds = 60 * save_minutes
+        self.started = self.epoch_started = self.counted = time.monotonic()
+        self.next_save = self.started + self.save_seconds
+        self.first_epoch = progress.epoch
+        self.must_keep = False  # a checkpoint that stays for good could not be saved yet
+
+    def count_time(self):
+        """Adds the time that has passed to progress.seconds."""
+        now = time.monotonic()
+        self.progress.seconds += now - self.counted
+        self.counted = now
+
+    def save(self, keep=False):
+        """Saves a checkpoint; keep: one that stays for good. An OSError if the disk refuses it."""
+        self.count_time()
+        self.must_keep |= keep
+        if rank() == 0:
+            size = self.run.flush()
+            self.checkpoints.save(self.progress, metrics_size=size, keep=self.must_keep)
+        self.must_keep = False
+        self.next_save = time.monotonic() + self.save_seconds
+
+    def try_to_save(self, keep=False):
+        """Saves, or warns that the disk refused it; the next try is within a minute."""
+        try:
+            self.save(keep)
+        except OSError as error:
+            say(f"warning: no checkpoint could be saved ({error}); the next try is in a minute")
+            self.next_save = time.monotonic() + min(60, self.save_seconds)
+
+    def save_last(self):
+        """Saves as the run ends; a RunError if the disk refuses it."""
+        try:
+            self.save()
+        except OSError as error:
+            raise RunError(f"the last checkpoint could not be saved: {error}") from None
+        sum_over_processes(torch.zeros(()))  # no process ends before the checkpoint is written
+
+    def wants_to_save(self):
+        """Whether any process was asked to stop, or save_minutes have passed on the first one."""
+        due = self.stop.asked() or (rank() == 0 and time.monotonic() > self.next_save)
+        due = torch.tensor(due, dtype=torch.int32)
+        sum_over_processes(due)
+        return bool(due)
+
+    def after_step(self):
+        """Stops the run if it was asked to; saves if save_minutes have passed."""
+        self.stop.check()
+        self.count_time()
+        if time.monotonic() > self.next_save:
+            self.try_to_save()
+
+    def after_epoch(self, metrics, line, *, epochs, keep=False):
+        """Logs the metrics of an epoch that is done, and says `line` about it. keep: saves a
+        checkpoint that stays for good."""
+        self.count_time()
+        now, epoch = time.monotonic(), self.progress.epoch
+        timed = {
+            "time/epoch_seconds": now - self.epoch_started,
+            "time/training_seconds": self.progress.seconds,
+        }
+        self.run.log(self.progress.step, epoch - 1, metrics | timed)
+        left = (now - self.started) / (epoch - self.first_epoch) * (epochs - epoch)
+        seconds = duration(timed["time/epoch_seconds"])
+        say(f"epoch {epoch}/{epochs}: {line}; {seconds}, {duration(left)} left")
+        self.epoch_started = now
+        if keep:
+            self.try_to_save(keep=True)
+
+    @contextlib.contextmanager
+    def saving_at_the_end(self):
+        """Saves when the training inside ends, also when it was asked to stop."""
+        folder, progress = self.run.folder, self.progress
+        try:
+            yield
+        except Stopped as stopped:
+            self.save_last()
+            message = f"stopped after step {progress.step}, saved in {folder}"
+            raise Stopped(message, stopped.status) from None
+        self.save_last()

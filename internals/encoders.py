@@ -221,7 +221,7 @@ def extract(model, loader, indices, seeds, *, device, batch_size, parts, n_codes
     features = torch.zeros(len(indices), len(parts), model.config.dim, device=device)
     chunks = loader.chunks(indices, seeds, batch_size)
     chunks = Data.copied(chunks if pace is None else pace(chunks), device)
-    for rows, _, images in Utils.watch(chunks, "probe features", len(indices)):
+    for rows, images in Utils.watch(chunks, "probe features", len(indices)):
         features[rows] = image_features(model, images, seeds[rows], parts, n_codes)
     sum_over_processes(features)
     return features

@@ -219,7 +219,7 @@ class Batches:
         chunks = self.pace(self.loader.chunks(indices, seeds, size))
         chunks = Data.copied(chunks, self.labels.device)
         batch, held = 0, self.nothing(width)
-        for rows, _, images in Utils.watch(chunks, f"epoch {epoch + 1}", len(indices)):
+        for rows, images in Utils.watch(chunks, f"epoch {epoch + 1}", len(indices)):
             while rows.start >= (batch + 1) * width:
                 yield self.gathered(held)
                 batch, held = batch + 1, self.nothing(width)

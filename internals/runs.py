@@ -1,4 +1,4 @@
-"""The edges of a run: what a person sees of it, and what it leaves in its folder."""
+"""A run's folder: finding it by its uid, one process at a time; its metrics and pictures."""
 
 import contextlib
 import csv
@@ -17,217 +17,92 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock
 from PIL import Image
 
 from internals.checkpoints import (
+    RUN_PARTS,
     checkpoint_paths,
     newest_checkpoint,
     read_run_checkpoint,
-    save_checkpoint,
     step_of,
 )
 from internals.plots import draw_curves
 from Utils import InputError, from_first_process, naming, rank, say, write_atomically
 
 # -------------------------------------------------------------------------------------------------
-# The run's folder: config.json, metrics.jsonl, curves.png, images/, checkpoints/; only the first
-# process writes there.
+# Finding a run.
 
 
-class Run:
-    """Writes down what a run does. The local files are the truth; W&B mirrors them and may fail
-    without harm."""
+class Start(NamedTuple):
+    """Where a run starts or goes on."""
 
-    def __init__(self, folder, flags, checkpoint=None, found=()):
-        """Does nothing yet; entered by `with`, it opens the folder, behind the metrics that the
-        checkpoint knows. found: the checkpoints that were there before that was read."""
-        self.folder, self.flags, self.main = Path(folder), flags, rank() == 0
-        self.step = checkpoint["progress"]["step"] if checkpoint else 0
-        self.metrics_size = checkpoint["metrics_size"] if checkpoint else 0
-        self.found = list(found)
-        self.waiting = {}  # what the disk has not taken yet: names of files -> bytes
-        self.lines = b""  # likewise, of metrics.jsonl
-
-    def __enter__(self):
-        if self.main:
-            config = describe_run(self.flags)
-            try:
-                for name in ("images", "checkpoints"):
-                    (self.folder / name).mkdir(parents=True, exist_ok=True)
-                self.lock = lock_folder(self.folder)
-                if checkpoint_paths(self.folder) != self.found:
-                    raise InputError(f"--uid: another process went on with {self.folder} meanwhile")
-                self.tidy()
-                write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
-                self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
-                self.metrics.truncate(min(self.metrics_size, self.metrics.tell()))
-                self.metrics.seek(0, os.SEEK_END)
-            except OSError as error:
-                raise InputError(
-                    f"--save_folder: cannot write to {self.folder}: {error.strerror}"
-                ) from None
-            self.wandb = WandB(self.flags.wandb, self.folder, config)
-        return self
-
-    def tidy(self):
-        """Clears away what a save that was killed has left, and checkpoints that can't be read: a
-        run goes on from the newest that can."""
-        for folder in (self.folder, self.folder / "images", self.folder / "checkpoints"):
-            for left in folder.glob(".*.tmp"):
-                left.unlink()
-        for path in self.found:
-            if step_of(path) > self.step:
-                path.rename(path.with_suffix(".damaged"))
-
-    def __exit__(self, *_):
-        if self.main:
-            self.draw_curves()
-            with contextlib.suppress(OSError):
-                self.write_down()
-            self.metrics.close()
-            self.wandb.close()
-            self.lock.close()
-
-    def log(self, step, epoch, values):
-        """Appends one JSON object to metrics.jsonl; pictures (keys images/...) become files, and
-        stand there by their names."""
-        if not self.main:
-            return
-        record = {"epoch": epoch, "pretrain/step": step, **values}
-        for key, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                record[key] = None  # JSON has no word for it
-            if isinstance(value, Image.Image):
-                record[key] = f"images/{key.split('/')[-1]}_{step:08d}.png"
-                value.save(file := io.BytesIO(), "png")
-                self.waiting[record[key]] = file.getvalue()
-        self.lines += json.dumps(record).encode() + b"\n"
-        try:
-            self.write_down()
-        except OSError as error:
-            say(f"warning: {self.folder}: {error.strerror}; metrics and pictures wait in memory")
-        self.wandb.log(step, {**values, "epoch": epoch, "pretrain/step": step})
-
-    def write_down(self):
-        """Writes what waits: pictures, then the lines that name them."""
-        for name, content in list(self.waiting.items()):
-            write_atomically(self.folder / name, content)
-            del self.waiting[name]
-        while self.lines:
-            self.lines = self.lines[self.metrics.write(self.lines) :]
-
-    def draw_curves(self):
-        """Draws curves.png anew from metrics.jsonl."""
-        if self.main:
-            with contextlib.suppress(OSError):  # it is drawn again
-                runs = {self.folder.name: read_metrics(self.folder)}
-                draw_curves(runs, self.folder / "curves.png", title=self.folder.name)
-
-    def save(self, state, *, keep=False):
-        """Writes a checkpoint of `state`, which gets the size of metrics.jsonl; keep: for good,
-        besides the newest two. An OSError where the disk does not take it: what was there stays."""
-        if not self.main:
-            return
-        self.write_down()
-        os.fsync(self.metrics.fileno())
-        state = {**state, "metrics_size": self.metrics.tell()}
-        step = state["progress"]["step"]
-        folder = self.folder / "checkpoints"
-        save_checkpoint(newest := folder / f"step_{step:08d}.pt", state)
-        if keep:
-            kept = folder / f"epoch_{state['progress']['epoch']:06d}_step_{step:08d}.pt"
-            try:
-                os.link(newest, kept)
-            except OSError:  # it is there, or there are no links
-                save_checkpoint(kept, state)
-        for old in sorted(folder.glob("step_*.pt"))[:-2]:
-            old.unlink()
+    folder: Path
+    paths: list  # the checkpoints in the folder
+    path: Path | None = None  # the checkpoint to go on from
+    checkpoint: dict | None = None  # its content
+    changed: bool = False  # whether flags differ from those that the run was started with
 
 
-class WandB:
-    """Weights & Biases as a mirror: where it is missing, refuses or raises, that costs one
-    warning."""
-
-    def __init__(self, mode, folder, config):
-        self.run = None
-        if mode != "disabled":
-            self.attempt(lambda: self.start(mode, folder, config))
-
-    def attempt(self, action):
-        """Does it, or warns and gives W&B up."""
-        try:
-            action()
-        except Exception as error:  # whatever it is, it must not cost the run
-            self.run = None
-            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            say(f"warning: Weights & Biases failed and is off from here ({reason[0]})")
-
-    def start(self, mode, folder, config):
-        import wandb
-
-        self.image = wandb.Image
-        flags = config["flags"]
-        self.run = wandb.init(
-            project="IMLE-SSL",
-            name=folder.name,
-            id=flags["uid"],
-            resume="allow",
-            mode=mode,
-            dir=str(folder),
-            config=config,
-            notes=flags["notes"],
-            settings=wandb.Settings(silent=True),
-        )
-
-    def log(self, step, values):
-        if self.run is not None:
-            self.attempt(
-                lambda: self.run.log({k: self.mirror(v) for k, v in values.items()}, step=step)
-            )
-
-    def mirror(self, value):
-        """A value as W&B takes it."""
-        return self.image(value) if isinstance(value, Image.Image) else value
-
-    def close(self):
-        if self.run is not None:
-            self.attempt(self.run.finish)
+def locate_run(script, flags, *, changeable, architecture):
+    """The Start of the run with these flags' uid, or of the run that --resume names; of a new run
+    if there is none. changeable, architecture: names of flags, see check_changes."""
+    return on_all_processes(lambda: find_run(script, flags, changeable, architecture))
 
 
-def read_metrics(folder):
-    """The records of a run's metrics.jsonl, as a list of dicts; lines that are damaged, or are
-    being written, are left out."""
-    records = []
-    for line in (Path(folder) / "metrics.jsonl").read_bytes().split(b"\n")[:-1]:
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
+def on_all_processes(find, parts=RUN_PARTS):
+    """The Start that find() returns on the first process, for all processes."""
+    start = find() if rank() == 0 else None
+    shared = from_first_process(start and start._replace(checkpoint=None))
+    if rank() == 0 or shared.path is None:
+        return start or shared
+    with naming("--save_folder, which all processes must share"):
+        return shared._replace(checkpoint=read_run_checkpoint(shared.path, parts))
 
 
-def describe_run(flags):
-    """What config.json holds: resolved flags, versions, git commit, command."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        folder = Path(__file__).parent
-        git = subprocess.run(describe, cwd=folder, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        git = ""  # there is no git
-    packages = ("torch", "torchvision", "timm", "numpy", "pillow")
-    return {
-        "flags": vars(flags),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in packages},
-        },
-        "git_commit": git or None,
-        "command": shlex.join([sys.executable, *sys.argv]),
-    }
+def find_in_folder(folder, parts=RUN_PARTS):
+    """The Start in a run's folder: at its newest checkpoint that can be read."""
+    check_writable(folder)
+    paths = checkpoint_paths(folder)  # listed before one is read, which takes time
+    return Start(folder, paths, *newest_checkpoint(folder, parts))
 
 
-# -------------------------------------------------------------------------------------------------
-# Where a run stands.
+def find_run(script, flags, changeable, architecture):
+    """See locate_run; for the first process."""
+    models = Path(flags.save_folder).expanduser() / "models"
+    if flags.resume:
+        folder = Path(flags.resume).absolute().parent.parent
+    else:
+        named = (path.parent for path in models.glob(f"*-{flags.uid}/config.json"))
+        mine = (path for path in named if read_config(path).get("uid") == flags.uid)
+        folder = next(mine, models / run_name(script, flags))
+    start = find_in_folder(folder)
+    old = start.checkpoint["args"] if start.checkpoint else read_config(folder)
+    if old.get("uid", flags.uid) != flags.uid or (not old and holds_files(folder)):
+        raise InputError(f"--save_folder: {folder} is in the way, and is no run of this --uid")
+    if flags.resume:
+        check_resume(flags.resume, start)
+    if not old:
+        return start
+    changed = check_changes(vars(flags), old, changeable, architecture)
+    return start._replace(changed=changed)
+
+
+def check_resume(path, start):
+    """Refuses a --resume PATH that is not at the step of its run's newest checkpoint."""
+    if start.path is None:
+        raise InputError(f"--resume {path}: it is not in the checkpoints/ of its run")
+    if not start.path.samefile(path):
+        step = read_run_checkpoint(path)["progress"]["step"]
+        if step != start.checkpoint["progress"]["step"]:
+            raise InputError(f"--resume {path}: not its run's newest; give {start.path}")
+
+
+def holds_files(folder):
+    """Whether a run's folder holds more than a start that was killed leaves there."""
+    return any(path.is_file() and path.name[0] != "." for path in folder.rglob("*"))
 
 
 def run_name(script, flags):
@@ -257,8 +132,36 @@ ARCHITECTURE = frozenset(
 )
 
 
+def check_changes(new, old, changeable, architecture):
+    """Whether flags differ that make up a run, between a run (old) and the command that goes on
+    with it (new), both dicts. Refuses this without --force_resume, and other models always.
+
+    changeable: names of flags that may always change; architecture: of flags that never may."""
+    # A flag that is newer than the run has changed nothing.
+    ignored = changeable | (new.keys() - old.keys())
+    if new["scheduler"] != "linear_ramp_cosine_decay":  # its rates depend on the number of epochs
+        ignored = ignored | {"epochs"}
+    changed = [name for name in new if name not in ignored and new[name] != old[name]]
+    shown = ", ".join(f"--{name} was {old[name]}, is {new[name]}" for name in changed)
+    if any(name in architecture for name in changed):
+        raise InputError(
+            f"--uid {new['uid']}: that run has another model ({shown}); give its flags, or choose "
+            "another --uid (from its weights: --mae_weights)"
+        )
+    if changed and not new["force_resume"]:
+        raise InputError(
+            f"--uid {new['uid']}: that run was started with other flags ({shown}); give those, or "
+            "choose another --uid, or go on all the same with --force_resume 1"
+        )
+    if changed:
+        say(f"warning: going on with other flags: {shown}")
+    elif new["epochs"] != old.get("epochs", new["epochs"]):
+        say(f"note: --epochs was {old['epochs']}, is {new['epochs']}")
+    return bool(changed)
+
+
 def read_config(folder):
-    """The flags in a run's config.json; empty where they can't be read."""
+    """The flags in a run's config.json; an empty dict if they can't be read."""
     try:
         flags = json.loads((folder / "config.json").read_text())["flags"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -268,22 +171,27 @@ def read_config(folder):
 
 def check_writable(folder):
     """Refuses a folder that can't be made or written to; leaves nothing there."""
-    there = folder
+    parent = folder
     try:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        tempfile.TemporaryFile(dir=there).close()
+        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
-        raise InputError(f"--save_folder: cannot write to {there}: {error.strerror}") from None
+        raise InputError(f"--save_folder: cannot write to {parent}: {error.strerror}") from None
+
+
+# -------------------------------------------------------------------------------------------------
+# One process per run.
 
 
 def lock_folder(folder, patience=5.0):
-    """Keeps other processes from running in this folder until the file returned is closed, or this
-    process ends. An InputError where one does already, `patience` seconds later.
+    """Returns an open file: until it is closed, or this process ends, no other process may run in
+    this folder. An InputError if one still does after `patience` seconds.
 
-    A POSIX lock: forked loader workers, which may live longer, don't inherit it."""
+    POSIX locks are our own choice: forked loader workers, which may live longer, don't inherit
+    them, as they do the locks of filelock."""
     file = open(folder / ".lock", "a+")  # noqa: SIM115
-    end = time.monotonic() + patience  # one that was killed may need a moment to end
-    while not can_lock(file):
+    end = time.monotonic() + patience  # a process that was killed may need a moment to end
+    while is_locked(file, fcntl.LOCK_EX):
         if time.monotonic() > end:
             file.seek(0)
             raise InputError(f"--uid: {folder} is in use by {file.read() or 'another process'}")
@@ -294,101 +202,202 @@ def lock_folder(folder, patience=5.0):
     return file
 
 
-def can_lock(file):
-    """Locks a file for this process, if no other one has; True also where locks are unknown."""
+def is_locked(file, kind):
+    """Whether another process has locked a file; if not, this process takes the lock: LOCK_EX for
+    itself alone, LOCK_SH shared."""
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno == errno.EACCES:
-            return False
-        say(f"warning: {file.name} can't be locked ({error.strerror}); start each run once")
-    return True
-
-
-def is_running(folder):
-    """Whether a process has locked this run's folder."""
-    try:
-        file = open(folder / ".lock")  # noqa: SIM115
-    except OSError:
-        return False
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as error:
-            return error.errno in (errno.EAGAIN, errno.EACCES)
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return True
+        if kind == fcntl.LOCK_EX:
+            say(f"warning: {file.name} can't be locked ({error.strerror}); start each run once")
     return False
 
 
-def locate_run(script, flags):
-    """(folder, its checkpoints, the one to go on from or None): of the run with these flags' uid,
-    or that --resume names; else a new one. The first process chooses, for all."""
-    chosen, checkpoint = choose_checkpoint(script, flags) if rank() == 0 else (None, None)
-    folder, found, path, changed = from_first_process(chosen)
-    if path is not None and rank() > 0:
-        with naming("--save_folder, which all processes must share"):
-            checkpoint = read_run_checkpoint(path)
-    if path is not None and changed:  # its codes may be another pool's
-        checkpoint["progress"] |= {"codes": None, "sampled": {}}
-    return folder, found, checkpoint
+def is_running(folder):
+    """Whether a process runs in this run's folder."""
+    try:
+        with open(folder / ".lock") as file:
+            return is_locked(file, fcntl.LOCK_SH)
+    except OSError:
+        return False
 
 
-def choose_checkpoint(script, flags):
-    """(folder, its checkpoints, the path of the one to go on from or None, whether flags have
-    changed), and what is in it."""
-    models = Path(flags.save_folder).expanduser() / "models"
-    if flags.resume:
-        folder = Path(flags.resume).absolute().parent.parent
-    else:
-        named = (path.parent for path in models.glob(f"*-{flags.uid}/config.json"))
-        mine = (path for path in named if read_config(path).get("uid") == flags.uid)
-        folder = next(mine, models / run_name(script, flags))
-    check_writable(folder)
-    found = checkpoint_paths(folder)  # before one is read, which takes its time
-    path, checkpoint = newest_checkpoint(folder)
-    old = checkpoint["args"] if checkpoint else read_config(folder)
-    if old.get("uid", flags.uid) != flags.uid or (not old and holds_something(folder)):
-        raise InputError(f"--save_folder: {folder} is in the way, and is no run of this --uid")
-    if flags.resume and path is None:
-        raise InputError(f"--resume {flags.resume}: it is not in the checkpoints/ of its run")
-    if flags.resume and not path.samefile(flags.resume):
-        step = read_run_checkpoint(flags.resume)["progress"]["step"]
-        if step != checkpoint["progress"]["step"]:
-            raise InputError(f"--resume {flags.resume}: not its run's newest; give {path}")
-    changed = check_changes(vars(flags), old, flags.force_resume) if old else False
-    return (folder, found, path, changed), checkpoint
+# -------------------------------------------------------------------------------------------------
+# What a run writes.
 
 
-def holds_something(folder):
-    """Whether there is more in a run's folder than a start that was killed leaves."""
-    return any(path.is_file() and path.name[0] != "." for path in folder.rglob("*"))
+class Run:
+    """Writes config.json, metrics.jsonl, curves.png and images/ in a run's folder, on the first
+    process only. The local files are the truth; W&B mirrors them and may fail without harm."""
+
+    def __init__(self, start, flags):
+        """Only `with` opens the folder: metrics that are newer than the checkpoint are cut off.
+        start: of locate_run; flags: a dict, for config.json."""
+        self.folder, self.start, self.flags, self.main = start.folder, start, flags, rank() == 0
+        self.waiting_pictures = {}  # file name -> bytes that the disk has not taken yet
+        self.waiting_lines = b""  # of metrics.jsonl, likewise not taken yet
+
+    def __enter__(self):
+        if self.main:
+            config = describe_run(self.flags)
+            try:
+                self.open_folder(config)
+            except OSError as error:
+                raise InputError(
+                    f"--save_folder: cannot write to {self.folder}: {error.strerror}"
+                ) from None
+            self.wandb = WandB(self.flags.get("wandb", "disabled"), self.folder, config)
+        return self
+
+    def open_folder(self, config):
+        """Makes and locks the folder, and clears away what a killed process left there."""
+        checkpoint = self.start.checkpoint or {"progress": {"step": -1}, "metrics_size": 0}
+        folders = [self.folder, self.folder / "images", self.folder / "checkpoints"]
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.lock = lock_folder(self.folder)
+        if checkpoint_paths(self.folder) != self.start.paths:
+            raise InputError(f"--uid: another process went on with {self.folder} meanwhile")
+        for folder in folders:
+            for unfinished in folder.glob(".*.tmp"):
+                unfinished.unlink()
+        for path in self.start.paths:  # the run goes on from the newest that can be read
+            if step_of(path) > checkpoint["progress"]["step"]:
+                path.rename(path.with_suffix(".damaged"))
+        write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
+        self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
+        self.metrics.truncate(min(checkpoint["metrics_size"], self.metrics.tell()))
+        self.metrics.seek(0, os.SEEK_END)
+
+    def __exit__(self, *_):
+        if self.main:
+            self.draw_curves()
+            with contextlib.suppress(OSError):
+                self.write_waiting()
+            self.metrics.close()
+            self.wandb.close()
+            self.lock.close()
+
+    def log(self, step, epoch, values):
+        """Appends one JSON object to metrics.jsonl. A picture (key images/...) becomes a file, and
+        the JSON object holds the file's name."""
+        if not self.main:
+            return
+        values = {"epoch": epoch, "pretrain/step": step, **values}
+        record = dict(values)
+        for key, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                record[key] = None  # JSON has no infinities
+            if isinstance(value, Image.Image):
+                record[key] = f"images/{key.split('/')[-1]}_{step:08d}.png"
+                value.save(file := io.BytesIO(), "png")
+                self.waiting_pictures[record[key]] = file.getvalue()
+        self.waiting_lines += json.dumps(record).encode() + b"\n"
+        try:
+            self.write_waiting()
+        except OSError as error:
+            say(f"warning: {self.folder}: {error.strerror}; metrics and pictures wait in memory")
+        self.wandb.log(step, values)
+
+    def write_waiting(self):
+        """Writes the pictures that wait, then the lines that name them."""
+        for name, content in list(self.waiting_pictures.items()):
+            write_atomically(self.folder / name, content)
+            del self.waiting_pictures[name]
+        while self.waiting_lines:
+            self.waiting_lines = self.waiting_lines[self.metrics.write(self.waiting_lines) :]
+
+    def flush(self):
+        """Sees metrics.jsonl safely on the disk; its size in bytes."""
+        self.write_waiting()
+        os.fsync(self.metrics.fileno())
+        return self.metrics.tell()
+
+    def draw_curves(self):
+        """Draws curves.png anew from metrics.jsonl."""
+        if self.main:
+            with contextlib.suppress(OSError):  # the next validation draws the curves again
+                runs = {self.folder.name: read_metrics(self.folder)}
+                draw_curves(runs, self.folder / "curves.png", title=self.folder.name)
 
 
-def check_changes(new, old, force):
-    """Whether flags differ that make a run what it is, from those that it was started with; refused
-    without `force`, and for flags of the model always."""
-    # A flag that is newer than the run has changed nothing.
-    same = CHANGEABLE | (new.keys() - old.keys())
-    if new["scheduler"] != "linear_ramp_cosine_decay":  # whose rates depend on the end
-        same = same | {"epochs"}
-    changed = [name for name in new if name not in same and new[name] != old[name]]
-    shown = ", ".join(f"--{name} was {old[name]}, is {new[name]}" for name in changed)
-    if any(name in ARCHITECTURE for name in changed):
-        raise InputError(
-            f"--uid {new['uid']}: that run has another model ({shown}); give its flags, or choose "
-            "another --uid (from its weights: --mae_weights)"
+class WandB:
+    """Mirrors metrics and pictures to Weights & Biases. Any failure of W&B costs one warning."""
+
+    def __init__(self, mode, folder, config):
+        self.run = None
+        if mode != "disabled":
+            self.attempt(lambda: self.start(mode, folder, config))
+
+    def attempt(self, action):
+        """Calls action(); if that fails, warns and does without W&B from here on."""
+        try:
+            action()
+        except Exception as error:  # no error of W&B may end the run
+            self.run = None
+            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            say(f"warning: Weights & Biases failed and is off from here ({reason[0]})")
+
+    def start(self, mode, folder, config):
+        import wandb
+
+        self.image = wandb.Image
+        flags = config["flags"]
+        self.run = wandb.init(
+            project="IMLE-SSL",
+            name=folder.name,
+            id=flags["uid"],
+            resume="allow",
+            mode=mode,
+            dir=str(folder),
+            config=config,
+            notes=flags["notes"],
+            settings=wandb.Settings(silent=True),
         )
-    if changed and not force:
-        raise InputError(
-            f"--uid {new['uid']}: that run was started with other flags ({shown}); give those, or "
-            "choose another --uid, or go on all the same with --force_resume 1"
-        )
-    if changed:
-        say(f"warning: going on with other flags: {shown}")
-    elif new["epochs"] != old.get("epochs", new["epochs"]):
-        say(f"note: --epochs was {old['epochs']}, is {new['epochs']}")
-    return bool(changed)
+
+    def log(self, step, values):
+        if self.run is not None:
+            self.attempt(lambda: self.run.log(self.converted(values), step=step))
+
+    def converted(self, values):
+        """The values with pictures as W&B takes them."""
+        return {k: self.image(v) if isinstance(v, Image.Image) else v for k, v in values.items()}
+
+    def close(self):
+        if self.run is not None:
+            self.attempt(self.run.finish)
+
+
+def read_metrics(folder):
+    """The records of a run's metrics.jsonl, a list of dicts, without lines that are damaged or
+    still being written."""
+    records = []
+    for line in (Path(folder) / "metrics.jsonl").read_bytes().split(b"\n")[:-1]:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def describe_run(flags):
+    """The content of config.json: resolved flags, versions, git commit, command."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        folder = Path(__file__).parent
+        git = subprocess.run(describe, cwd=folder, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        git = ""  # there is no git
+    packages = ("torch", "torchvision", "timm", "numpy", "pillow")
+    return {
+        "flags": flags,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
+        "git_commit": git or None,
+        "command": shlex.join([sys.executable, *sys.argv]),
+    }
 
 
 # -------------------------------------------------------------------------------------------------

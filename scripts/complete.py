@@ -126,8 +126,8 @@ def most_different_codes(model, image, noise, seed, args):
         raise InputError(f"--mosaic: {args.model} has no codes; it completes in one way only")
     prefix = model.prefix(image, noise, args.mask_ratio)
     numbers = torch.arange(args.mosaic, device=seed.device)[None]
-    passes = code_passes(model, prefix, image, seed, CODES_PER_PASS, numbers)
-    preds = torch.cat([pred.float() for pred, _ in passes], dim=1)
+    passes = code_passes(model, prefix, seed, numbers, CODES_PER_PASS)
+    preds = torch.cat([model.suffix(prefix, codes).float() for codes in passes], dim=1)
     chosen = most_different(preds[0].flatten(1), MOSAIC[0] * MOSAIC[1] - 2)
     return model.numbered_codes(seed, numbers[:, chosen])
 

@@ -4,8 +4,8 @@ codes and the chosen one, what gradient steps change: the pictures of docs/how_i
 python scripts/how_it_works.py demo/imle_mnist.pt"""
 
 import math
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import _path  # noqa: F401 (makes the modules importable)
 import numpy as np
@@ -19,7 +19,7 @@ from internals.plots import picture_grid
 from internals.processes import run_command
 from internals.weights import SOURCES, load_model
 from IO import Parser, check_mask_ratio, real, whole
-from Samplers import image_losses, ranks
+from Samplers import code_passes, image_losses, sort_keys
 from Utils import InputError, write_atomically
 
 SHOWN = 6  # images in the picture of masks
@@ -28,50 +28,59 @@ CODES_PER_PASS = 16
 BATCH = 32
 
 
-def open_pool(path, size, model, seed):
-    """An epoch's pool of `size` images with its images loaded."""
-    images, (height, width) = Data.open_images(path), model.config.image_size
-    n_patches = math.prod(model.config.grid)
-    draw = partial(Data.draw_pool, seed=seed, shuffle=True, fix_mask_noise=False)
-    pool = draw(images, size, 0, image_size=(height, width), n_patches=n_patches)
-    loader = Data.ImageLoader(images, transforms((height, width), False)[0], num_workers=0)
-    for rows, part in loader.chunks(pool.indices, pool.seeds, BATCH):
-        pool.images[rows] = part
-    return pool
+class Epoch(NamedTuple):
+    """A pool of n images, all loaded."""
+
+    pool: Data.Pool
+    loader: Data.ImageLoader
+    images: torch.Tensor  # (n, 3, H, W) normalised
+    mask_noise: torch.Tensor  # (n, L)
+
+
+def open_epoch(path, size, model, seed):
+    """The first Epoch of a run on the data at `path`, of `size` images."""
+    images, n_patches = Data.open_images(path), math.prod(model.config.grid)
+    pool = Data.draw_pool(images, size, 0, n_patches=n_patches, seed=seed)
+    transform = transforms(model.config.image_size, False)[0]
+    loader = Data.ImageLoader(images, transform, num_workers=0)
+    pixels = torch.cat([part for _, part in loader.chunks(pool.indices, pool.seeds, BATCH)])
+    return Epoch(pool, loader, normalize(pixels), pool.mask_noise(slice(None)))
 
 
 @torch.no_grad()
-def losses_of_codes(model, pool, n_codes, mask_ratio):
-    """Every code's loss (n, n_codes), and the loss without code (n,), of a pool's images."""
+def losses_of_codes(model, epoch, n_codes, mask_ratio):
+    """For an Epoch's images the losses of all codes (n, n_codes) and the loss without code (n,)."""
     parts = []
-    for rows in torch.arange(len(pool.indices)).split(BATCH):
-        images, seeds = normalize(pool.images[rows]), pool.seeds[rows]
-        prefix = model.prefix(images, pool.mask_noise[rows], mask_ratio)
-        numbers = torch.arange(n_codes).expand(len(rows), -1)
-        tried = TrainIMLE.try_codes(model, prefix, images, seeds, CODES_PER_PASS, numbers)[1]
+    tensors = (epoch.images, epoch.mask_noise, epoch.pool.seeds)
+    for images, mask_noise, seeds in zip(*(x.split(BATCH) for x in tensors), strict=True):
+        prefix = model.prefix(images, mask_noise, mask_ratio)
+        numbers = torch.arange(n_codes).expand(len(images), -1)
+        passes = code_passes(model, prefix, seeds, numbers, CODES_PER_PASS)
+        preds = (model.suffix(prefix, codes) for codes in passes)
+        tried = torch.cat([image_losses(model, pred, images, prefix.mask) for pred in preds], dim=1)
         plain = image_losses(model, model.suffix(prefix, None), images, prefix.mask)
         parts.append((tried, plain))
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
-def draw_masks(model, pool, mask_ratio, path):
-    """Some images of the pool, and what the network sees of them."""
-    images, noise = normalize(pool.images[:SHOWN]), pool.mask_noise[:SHOWN]
+def draw_masks(model, epoch, mask_ratio, path):
+    """Draws some images of an Epoch, and what the network sees of them."""
+    images, noise = epoch.images[:SHOWN], epoch.mask_noise[:SHOWN]
     cells = Models.completions(model, images, noise, None, mask_ratio)[:, :2].transpose(0, 1)
     about = f"Above: {SHOWN} images of a pool. Below: what the network sees of them."
     picture_grid(cells.contiguous(), [""] * SHOWN, about).save(path)
 
 
-def draw_codes(model, pool, losses, plain, mask_ratio, path):
-    """Of some images: completions by their worst, middle and best code, and without; and how the
-    losses of all codes are distributed."""
+def draw_codes(model, epoch, losses, plain, mask_ratio, path):
+    """Draws, for some images, completions by the worst, middle and best code and without code; and
+    the distribution of all codes' losses."""
     from matplotlib.figure import Figure  # slow to import; and Figure alone opens no windows
 
     n_codes = losses.shape[1]
-    order = ranks(losses[:ROWS]).argsort(1)
+    order = sort_keys(losses[:ROWS]).argsort(1)
     numbers = torch.stack([order[:, -1], order[:, n_codes // 2], order[:, 0]], dim=1)
-    images, noise = normalize(pool.images[:ROWS]), pool.mask_noise[:ROWS]
-    codes = model.numbered_codes(pool.seeds[:ROWS], numbers)
+    images, noise = epoch.images[:ROWS], epoch.mask_noise[:ROWS]
+    codes = model.numbered_codes(epoch.pool.seeds[:ROWS], numbers)
     coded = Models.completions(model, images, noise, codes, mask_ratio)
     alone = Models.completions(model, images, noise, None, mask_ratio)
     cells = torch.cat([coded[:, :2], alone[:, 2:], coded[:, 2:]], dim=1).movedim(2, -1).numpy()
@@ -102,20 +111,15 @@ def draw_codes(model, pool, losses, plain, mask_ratio, path):
     write_atomically(path, lambda file: figure.savefig(file, dpi=80, format="png"))
 
 
-def take_steps(model, pool, codes, steps, mask_ratio, lr):
-    """Gradient steps on the pool's images with the chosen codes, as training takes them."""
+def take_steps(model, epoch, chosen, steps, mask_ratio, lr):
+    """Takes gradient steps with the chosen codes (n,), as training does."""
     optimizer = torch.optim.AdamW(Models.parameter_groups(model, 0.01), betas=(0.9, 0.95))
-    stepping = {
-        "optimizer": optimizer,
-        "scaler": torch.amp.GradScaler("cpu", enabled=False),
-        "batch_size": BATCH,
-        "parts": 1,
-        "dtype": torch.float32,
-        "masking": {"mask_ratio": mask_ratio, "predict_ratio": 1.0},
-        "clip_grad": 0.0,
-    }
-    for batch in Data.minibatches(pool, codes, steps, BATCH):
-        TrainIMLE.train_step(model, batch, {"mae": lr, "z": lr}, **stepping)
+    scaler, rates = torch.amp.GradScaler("cpu", enabled=False), {"mae": lr, "z": lr}
+    amounts = {"steps": steps, "size": BATCH, "code_numbers": chosen}
+    for batch in Data.minibatches(epoch.pool, epoch.loader, torch.device("cpu"), **amounts):
+        TrainIMLE.train_step(
+            model, batch, optimizer, scaler, rates, images_per_step=BATCH, mask_ratio=mask_ratio
+        )
 
 
 def draw_steps(before, after, chosen, steps, path):
@@ -150,14 +154,13 @@ def start(args):
     if not model.code_dim:
         raise InputError(f"{args.model}: a model without codes")
     check_mask_ratio(args.mask_ratio, math.prod(model.config.grid))
-    pool = open_pool(args.data_tr, args.images, model, args.seed)
-    draw_masks(model, pool, args.mask_ratio, out / "masks.png")
-    before, plain = losses_of_codes(model, pool, args.codes, args.mask_ratio)
-    draw_codes(model, pool, before, plain, args.mask_ratio, out / "codes.png")
-    chosen = ranks(before).argmin(1, keepdim=True)
-    codes = model.numbered_codes(pool.seeds, chosen)[:, 0]
-    take_steps(model, pool, codes, args.steps, args.mask_ratio, args.lr)
-    after, _ = losses_of_codes(model, pool, args.codes, args.mask_ratio)
+    epoch = open_epoch(args.data_tr, args.images, model, args.seed)
+    draw_masks(model, epoch, args.mask_ratio, out / "masks.png")
+    before, plain = losses_of_codes(model, epoch, args.codes, args.mask_ratio)
+    draw_codes(model, epoch, before, plain, args.mask_ratio, out / "codes.png")
+    chosen = sort_keys(before).argmin(1, keepdim=True)
+    take_steps(model, epoch, chosen[:, 0], args.steps, args.mask_ratio, args.lr)
+    after, _ = losses_of_codes(model, epoch, args.codes, args.mask_ratio)
     draw_steps(before, after, chosen, args.steps, out / "steps.png")
     spread = before.std(1).mean()
     print(f"{len(before)} images, {args.codes} codes each: mean loss {before.mean():.3f}, of the")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import Data
 import Models
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,13 +77,19 @@ def step_options(model, **options):
     return {
         "optimizer": torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
         "scaler": torch.amp.GradScaler("cpu", enabled=False),
-        "batch_size": 6,
-        "parts": 1,
-        "dtype": torch.float32,
-        "masking": {"mask_ratio": 0.75},
-        "clip_grad": 0.0,
+        "rates": {"mae": 1e-3, "z": 1e-3},
+        "images_per_step": 6,
         **options,
     }
+
+
+def random_batch(n):
+    """A minibatch of n random images of 28 x 28 pixels, for gradient step 7."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, 3, 28, 28), dtype=torch.uint8, generator=generator)
+    noise = torch.rand(n, 49, generator=generator)
+    seeds, numbers = torch.arange(n), torch.arange(n) % 3
+    return Data.Batch(images, noise, seeds, numbers, 7, lambda: [f"{i}.png" for i in range(n)])
 
 
 def assert_same_run(folder, other, tolerance=0.0):

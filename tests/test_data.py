@@ -44,7 +44,7 @@ DECODERS = ["pillow"]
 with contextlib.suppress(InputError):  # not installed, or made for another torch
     stores.check_decoder("torchcodec")
     DECODERS.append("torchcodec")
-POOL = {"seed": 3, "shuffle": True, "fix_mask_noise": False, "image_size": (6, 8), "n_patches": 5}
+POOL = {"seed": 3, "shuffle": True, "fix_mask_noise": False, "n_patches": 5}
 
 
 def picture(seed, mode="RGB", size=(9, 7)):
@@ -441,7 +441,7 @@ def test_skip_bad_images_replaces_by_the_next_of_the_class_up_to_one_in_a_thousa
         loader = Data.ImageLoader(images, resize, num_workers=num_workers)
         for _ in range(2):  # bad images are told of once
             assert torch.equal(load_all(loader, indices, indices, 64), torch.stack(expected))
-        assert loader.bad == replaced.keys()
+        assert loader.replaced == replaced.keys()
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
     assert len(lines) == 4
     assert "c0/1000.png: " in lines[0] and "; 1 of 2000 images replaced" in lines[0]
@@ -670,7 +670,7 @@ def test_an_image_seed_depends_on_seed_epoch_index_and_occurrence_alone():
         indices = pool.indices.tolist()
         for i, index in enumerate(indices):
             key = seed, epoch, index, indices[:i].count(index)
-            row = pool.seeds[i].item(), pool.mask_noise[i].tolist()
+            row = pool.seeds[i].item(), pool.mask_noise([i])[0].tolist()
             assert known.setdefault(key, row) == row
     assert len({s for s, _ in known.values()}) == len(known) > 100
     assert len({tuple(noise) for _, noise in known.values()}) == len(known)
@@ -680,7 +680,8 @@ def test_fix_mask_noise_gives_an_image_the_same_mask_in_every_epoch():
     known, crops = {}, set()
     for epoch, size in itertools.product(range(4), (7, 12)):
         pool = draw(7, size, epoch, fix_mask_noise=True)
-        for index, noise in zip(pool.indices.tolist(), pool.mask_noise.tolist(), strict=True):
+        noise_of_all = pool.mask_noise(slice(None)).tolist()
+        for index, noise in zip(pool.indices.tolist(), noise_of_all, strict=True):
             assert known.setdefault(index, noise) == noise
         crops |= set(pool.seeds.tolist())
     assert len({tuple(noise) for noise in known.values()}) == 7
@@ -690,10 +691,34 @@ def test_fix_mask_noise_gives_an_image_the_same_mask_in_every_epoch():
 def test_a_pool_is_pure_and_leaves_the_global_random_state_alone():
     state = torch.get_rng_state()
     one, two = draw(9, 20, 2), draw(9, 20, 2)
-    assert torch.equal(one.seeds, two.seeds) and torch.equal(one.mask_noise, two.mask_noise)
+    noise = one.mask_noise(torch.arange(20))
+    assert torch.equal(one.seeds, two.seeds)
+    assert torch.equal(noise, two.mask_noise(torch.arange(20)))
+    assert torch.equal(noise[[4, 2]], one.mask_noise(torch.tensor([4, 2])))
     assert torch.equal(state, torch.get_rng_state())
-    assert one.mask_noise.shape == (20, 5) and one.images.shape == (20, 3, 6, 8)
-    assert one.mask_noise.min() >= 0 and one.mask_noise.max() < 1
+    assert noise.shape == (20, 5) and noise.min() >= 0 and noise.max() < 1
+
+
+def test_a_pool_holds_a_few_numbers_per_image_and_no_pixels():
+    numbers = [x for x in vars(draw(9, 1000, 0)).values() if isinstance(x, torch.Tensor)]
+    assert sum(x.numel() for x in numbers) <= 3 * 1000 + 1
+
+
+class Rows:
+    """Stands for an ImageLoader: gives for every row a 1 x 1 image of its seed."""
+
+    def load(self, indices, seeds, batches):
+        for rows in batches:
+            yield rows, seeds[rows][:, None, None, None]
+
+
+def batches_of(pool, **options):
+    return list(Data.minibatches(pool, Rows(), torch.device("cpu"), **options))
+
+
+def rows_of(pool, batch):
+    """The rows of the pool in a minibatch; no two rows have the same seed."""
+    return [pool.seeds.tolist().index(seed) for seed in batch.seeds.tolist()]
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -701,41 +726,42 @@ def test_a_pool_is_pure_and_leaves_the_global_random_state_alone():
 def test_minibatches_are_whole_passes_in_exactly_sized_pieces(pool_size, size, shuffle):
     steps, epoch = 5, 2
     pool = draw(4, pool_size, epoch, shuffle=shuffle)
-    batches = [b.whole.tolist() for b in Data.minibatches(pool, None, steps, size)]
+    batches = [rows_of(pool, b) for b in batches_of(pool, steps=steps, size=size)]
     assert [len(batch) for batch in batches] == [size] * steps
     stream = sum(batches, [])
     for start in range(0, len(stream), pool_size):
         part = stream[start : start + pool_size]
         assert len(set(part)) == len(part)
     for done in range(steps):
-        rest = Data.minibatches(pool, None, steps, size, done=done)
-        assert [batch.whole.tolist() for batch in rest] == batches[done:]
+        rest = batches_of(pool, steps=steps, size=size, done=done)
+        assert [rows_of(pool, batch) for batch in rest] == batches[done:]
 
 
 @pytest.mark.parametrize(("share", "free"), [(0, []), (0.5, [3, 5, 7]), (0.25, [3, 7])])
 def test_a_share_of_the_steps_goes_without_codes_counted_over_epochs(share, free):
-    pool, codes = draw(4, 9, 0), torch.randn(9, 2)
-    batches = list(Data.minibatches(pool, codes, 8, 3, code_free_share=share, step=2, done=2))
+    options = {"code_numbers": torch.arange(9), "code_free_share": share, "step": 2, "done": 2}
+    batches = batches_of(draw(4, 9, 0), steps=8, size=3, **options)
     assert [batch.step for batch in batches] == list(range(2, 8))
-    assert [batch.step for batch in batches if batch.to(torch.device("cpu"))[2] is None] == free
+    assert [batch.step for batch in batches if batch.code_numbers is None] == free
 
 
 def test_processes_share_a_minibatch_and_gather_images_noise_and_codes_by_row(monkeypatch):
-    pool, codes = draw(4, 9, 0), torch.randn(9, 2)
-    pool.images.random_(0, 256)
+    pool, numbers = draw(4, 9, 0), torch.randperm(9)
+    (whole,) = batches_of(pool, steps=1, size=7)
     monkeypatch.setattr(Data, "world_size", lambda: 3)
     shares = []
     for rank in range(3):
         monkeypatch.setattr(Data, "rank", lambda r=rank: r)
-        (batch,) = Data.minibatches(pool, codes, 1, 7)
-        images, noise, chosen = batch.to(torch.device("cpu"))
-        assert torch.equal(Augmentation.denormalize(images), pool.images[batch.rows])
-        assert torch.equal(noise, pool.mask_noise[batch.rows])
-        assert torch.equal(chosen[:, 0], codes[batch.rows])
-        assert torch.cat([part.rows for part in batch.split(2)]).equal(batch.rows)
-        assert len(batch.split(100)) == len(batch.rows)
-        shares += batch.rows.tolist()
-    assert sorted(shares) == sorted(batch.whole.tolist())
+        (batch,) = batches_of(pool, steps=1, size=7, code_numbers=numbers)
+        rows = rows_of(pool, batch)
+        assert torch.equal(batch.images.flatten(), pool.seeds[rows])
+        assert torch.equal(batch.mask_noise, pool.mask_noise(rows))
+        assert torch.equal(batch.code_numbers, numbers[rows])
+        assert batch.names() == whole.names() and len(whole.names()) == 7
+        assert torch.cat([part.seeds for part in batch.split(2)]).equal(batch.seeds)
+        assert len(batch.split(100)) == len(rows)
+        shares += rows
+    assert sorted(shares) == sorted(rows_of(pool, whole))
 
 
 # -------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from conftest import (
     final_path,
     final_state,
     metrics,
+    random_batch,
     run_folder,
     step_options,
 )
@@ -82,7 +83,8 @@ def goes_on(save_folder, *flags):
 
 def faulty(fault, *flags, check=False, **environment):
     """The real command, after the Python code `fault` has changed its modules."""
-    code = f"import sys, os, signal, time, torch, IO, Models, TrainIMLE, Utils\n{fault}\n"
+    code = "import sys, os, signal, time, torch, Data, Models, TrainIMLE, Utils\n"
+    code += f"from internals import checkpoints, processes, runs\n{fault}\n"
     program = (sys.executable, "-c", code + "TrainIMLE.main(sys.argv[1:])")
     return command(*flags, program=program, check=check, **environment)
 
@@ -129,11 +131,11 @@ def test_a_stop_signal__saves_and_exits_0_or_130_for_SIGINT_and_goes_on_to_the_b
 @pytest.mark.parametrize(
     "place, step",
     [
-        ("TrainIMLE, 'choose_chunk_codes', 4", 4),  # of three chunks an epoch
+        ("TrainIMLE, 'choose_codes', 4", 4),  # of three chunks an epoch
         pytest.param("Validation, 'evaluate', 10", 4, marks=pytest.mark.slow),  # six a validation
         pytest.param("LinearProbe, 'nearest_neighbors', 4", 4, marks=pytest.mark.slow),
-        pytest.param("IO, 'draw_curves', 2", 3, marks=pytest.mark.slow),
-        pytest.param("IO, 'save_checkpoint', 3", 4, marks=pytest.mark.slow),
+        pytest.param("runs, 'draw_curves', 2", 3, marks=pytest.mark.slow),
+        pytest.param("checkpoints, 'save_checkpoint', 3", 4, marks=pytest.mark.slow),
     ],
 )
 def test_a_stop_inside_sampling_validation_or_a_save__goes_on_to_the_bit(
@@ -149,8 +151,9 @@ def test_a_stop_inside_sampling_validation_or_a_save__goes_on_to_the_bit(
 
 
 def test_a_second_SIGTERM__ends_a_run_that_hangs_at_once(tmp_path):
-    fault = "IO.save_checkpoint = lambda *_: time.sleep(100)\n"
-    code = f"import IO, TrainIMLE, time, sys\n{fault}TrainIMLE.main(sys.argv[1:])"
+    fault = "checkpoints.save_checkpoint = lambda *_: time.sleep(100)\n"
+    code = f"import TrainIMLE, time, sys\nfrom internals import checkpoints\n{fault}"
+    code += "TrainIMLE.main(sys.argv[1:])"
     process = start(RUN, tmp_path, ("-c", code))
     wait_for(process, "step 0:")
     process.send_signal(signal.SIGTERM)
@@ -162,8 +165,8 @@ def test_a_second_SIGTERM__ends_a_run_that_hangs_at_once(tmp_path):
 
 
 def test_a_run_that_is_too_slow_to_stop__is_ended_after_a_deadline(tmp_path):
-    fault = "Utils.StopSignal.__init__.__defaults__ = (1.0,)\n"
-    fault += "IO.save_checkpoint = lambda *_: (os.kill(os.getpid(), 15), time.sleep(100))"
+    fault = "processes.StopSignal.__init__.__defaults__ = (1.0,)\n"
+    fault += "checkpoints.save_checkpoint = lambda *_: (os.kill(os.getpid(), 15), time.sleep(100))"
     done = faulty(fault, *RUN, "--save_minutes", 0, "--save_folder", tmp_path)
     assert done.returncode == 1 and "Timeout (0:00:01)!" in done.stderr
     assert "save_checkpoint" in done.stderr or "<lambda>" in done.stderr, "where it hangs"
@@ -383,7 +386,7 @@ class Full:
 def opened(path, *args, **options):
     file = open(path, *args, **options)
     return Full(file) if str(path).endswith("metrics.jsonl") else file
-IO.open = opened
+runs.open = opened
 """
     done = faulty(fault, *RUN, "--save_folder", tmp_path, check=True)
     assert done.stdout.count("metrics and pictures wait in memory") == 2
@@ -553,23 +556,6 @@ def test_a_loss_that_is_no_number__no_update_the_images_named_and_it_goes_on_fro
     assert_same_run(tiny_run, goes_on(tmp_path))
 
 
-class TwoImages:
-    """A minibatch of two random images."""
-
-    step = 7
-
-    def split(self, _):
-        return [self]
-
-    def to(self, _):
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(2, 3, 28, 28, generator=generator)
-        return images, torch.rand(2, 49, generator=generator), torch.zeros(2, 1, 32)
-
-    def names(self):
-        return ["one.png", "two.png"]
-
-
 def broken_model(value):
     """A model one of whose gradients is `value` throughout."""
     model = IO.load_model(ROOT / "demo/imle_mnist.pt")
@@ -581,27 +567,25 @@ def broken_model(value):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_gradients_that_are_not_finite__no_update_and_the_images_named(value, clip_grad):
     model, before = broken_model(value)
-    rates, options = (
-        {"mae": 1e-3, "z": 1e-3},
-        step_options(model, batch_size=2, clip_grad=clip_grad),
-    )
+    options = step_options(model, images_per_step=2, clip_grad=clip_grad)
     with pytest.raises(RunError, match="after 7 gradient steps the training gradient's norm is"):
-        TrainIMLE.train_step(model, TwoImages(), rates, **options)
-    with pytest.raises(RunError, match="two.png"):
-        TrainIMLE.train_step(model, TwoImages(), rates, **options)
+        TrainIMLE.train_step(model, random_batch(2), **options)
+    with pytest.raises(RunError, match="1.png"):
+        TrainIMLE.train_step(model, random_batch(2), **options)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 def test_overflow_in_float16__such_steps_are_left_out_counted_and_bounded():
     model, before = broken_model(float("inf"))
     scaler = torch.amp.GradScaler("cpu", enabled=True)
-    rates, options = {"mae": 1e-3, "z": 1e-3}, step_options(model, batch_size=2, scaler=scaler)
+    options = step_options(model, images_per_step=2, scaler=scaler)
     progress, scale = TrainIMLE.Progress(), scaler.get_scale()
     with pytest.raises(RunError, match="norm is"):
         for _ in range(100):
-            progress.step_done(*TrainIMLE.train_step(model, TwoImages(), rates, **options))
+            progress.step_done(TrainIMLE.train_step(model, random_batch(2), **options))
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert progress.summary()["pretrain/skipped_steps"] == progress.step == 20
+    metrics, _ = TrainIMLE.end_epoch(progress, options["rates"])
+    assert metrics["pretrain/skipped_steps"] == progress.step == 20
     assert scaler.get_scale() == TrainIMLE.LEAST_SCALE == scale / 2**20
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.models.vision_transformer import Block
 
 import IO
 import Models
@@ -244,9 +245,7 @@ def test_the_last_decoder_block_and_the_head_compute_masked_positions_only(golde
 
 
 def test_a_method_of_injection_is_one_class_and_one_line(golden, state, monkeypatch):
-    class Shift(torch.nn.Module):
-        after_norm = False
-
+    class Shift(Models.Injection):
         def __init__(self, config, channels, n_positions):
             super().__init__()
             self.code_dim = 5
@@ -262,6 +261,48 @@ def test_a_method_of_injection_is_one_class_and_one_line(golden, state, monkeypa
         codes = model.sample_codes(torch.arange(3), 2)
         pred, _ = model(golden["imgs"], golden["noise"], codes)
         assert pred.std(1).mean() > 1e-4
+        assert torch.equal(model.code_features(codes), codes), "what the surrogate goes by"
+
+
+@pytest.mark.parametrize("method", Models.INJECTIONS)
+def test_the_surrogate_goes_by_the_features_of_all_injections(state, method):
+    model = tiny_model(state, [(1, "adain"), ("mask", method)])
+    codes = model.sample_codes(torch.arange(3), 4)
+    own = model.injections["mask"].features(codes[..., 6:])
+    features = model.code_features(codes)
+    assert torch.equal(features[..., -own.shape[-1] :], own)
+    assert torch.equal(
+        features[..., : -own.shape[-1]], model.injections["1"].mapping(codes[..., :6])
+    )
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_some_outputs_of_a_block_are_the_same_as_of_the_whole_block(qkv_bias, training):
+    parts = {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "init_values": 0.3}
+    torch.manual_seed(0)
+    block = Block(24, 4, qkv_bias=qkv_bias, drop_path=0.5, proj_drop=0.0, **parts).train(training)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    tokens = torch.randn(2, 3, 7, 24)
+    torch.manual_seed(1)  # of the paths that are dropped
+    expected = block(tokens.flatten(0, 1))[:, 4:].unflatten(0, (2, 3))
+    torch.manual_seed(1)
+    torch.testing.assert_close(Models.run_block(block, tokens, first=4), expected)
+
+
+def test_a_block_with_dropout_drops_in_training_only():
+    tokens, dropouts = torch.ones(1, 1, 7, 24), {"proj_drop": 1.0, "attn_drop": 1.0}
+    for name, p in dropouts.items():
+        block = Block(24, 4, **{name: p})
+        torch.nn.init.ones_(block.attn.proj.bias)
+        block.mlp = torch.nn.Identity()
+        block.norm2 = torch.nn.Identity()
+        with torch.no_grad():
+            for training in (True, False):
+                block.train(training)
+                whole = Models.run_block(block, tokens)[:, :, 3:]
+                torch.testing.assert_close(Models.run_block(block, tokens, first=3), whole)
 
 
 def test_codes_are_a_pure_function_of_the_image_seed(state):

@@ -21,6 +21,7 @@ from conftest import (
     final_path,
     final_state,
     metrics,
+    random_batch,
     run_folder,
     step_options,
 )
@@ -75,11 +76,11 @@ def brute_force(model, images, mask_noise, seeds, n_codes):
 @torch.no_grad()
 def test_the_nearest_of_all_codes_is_chosen_however_they_are_cut(model, chunk, codes_per_pass):
     losses = brute_force(model, *chunk, 10)
-    codes, best, mean = TrainIMLE.choose_codes(
+    codes, numbers, best, mean = TrainIMLE.choose_codes(
         model, *chunk, codes_per_image=10, codes_per_pass=codes_per_pass
     )
     expected = model.sample_codes(chunk[2], 10)[torch.arange(5), losses.argmin(1)]
-    assert torch.equal(codes, expected)
+    assert torch.equal(codes, expected) and torch.equal(numbers, losses.argmin(1))
     torch.testing.assert_close(best, losses.min(1).values)
     torch.testing.assert_close(mean, losses.mean(1))
 
@@ -99,8 +100,8 @@ def test_a_loss_that_is_not_finite_never_wins(model, chunk, monkeypatch):
                 result[n, k - first] = (math.nan, -math.inf)[n % 2]
         return result
 
-    monkeypatch.setattr(Samplers, "image_losses", broken)
-    codes, best, _ = TrainIMLE.choose_codes(model, *chunk, codes_per_image=6, codes_per_pass=2)
+    monkeypatch.setattr(TrainIMLE, "image_losses", broken)
+    codes, _, best, _ = TrainIMLE.choose_codes(model, *chunk, codes_per_image=6, codes_per_pass=2)
     second = losses.scatter(1, worst[:, None], math.inf).argmin(1)
     assert torch.equal(codes, model.sample_codes(chunk[2], 6)[torch.arange(5), second])
     assert best.isfinite().all()
@@ -114,7 +115,7 @@ def test_codes_nearer_than_epsilon_are_chosen_only_where_all_are(model, chunk):
     assert (losses < epsilon).any() and not (losses < epsilon).all()
     for rs_epsilon in (epsilon, 100.0):
         options = {"codes_per_image": 12, "codes_per_pass": 5, "rs_epsilon": rs_epsilon}
-        codes, chosen, _ = TrainIMLE.choose_codes(model, *chunk, **options)
+        codes, _, chosen, _ = TrainIMLE.choose_codes(model, *chunk, **options)
         for n, row in enumerate(losses.tolist()):
             far = [loss for loss in row if loss >= rs_epsilon]
             expected = row.index(min(far) if far else max(row))
@@ -127,12 +128,12 @@ def test_the_surrogate_chooses_nearly_as_well_as_all_codes_by_a_fifth_of_the_tri
     chunk = digits(40)
     images, mask_noise, indices = chunk
     prefix, numbers = model.prefix(images, mask_noise), torch.arange(128).expand(40, -1)
-    _, losses = TrainIMLE.try_codes(model, prefix, images, indices, 16, numbers)
+    _, losses = Samplers.try_codes(model, prefix, images, indices, numbers, 16)
     best, mean = losses.min(1).values, losses.mean(1)
-    codes, chosen, first = TrainIMLE.choose_codes(
+    codes, number, chosen, first = Samplers.choose_codes_surrogate(
         model, *chunk, codes_per_image=128, codes_per_pass=16, tries=25
     )
-    number = (model.sample_codes(indices, 128) == codes[:, None]).all(-1).float().argmax(1)
+    assert torch.equal(codes, model.sample_codes(indices, 128)[torch.arange(40), number])
     torch.testing.assert_close(chosen, losses[torch.arange(40), number], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(first, losses[:, :8].mean(1), atol=1e-5, rtol=1e-4)
     regret = (chosen - best).sum() / (mean - best).sum()
@@ -147,35 +148,50 @@ def test_the_surrogate_looks_for_codes_that_are_not_too_near(model):
     losses = brute_force(model, *chunk, 64)
     epsilon = losses.quantile(0.3).item()
     options = {"codes_per_image": 64, "codes_per_pass": 16, "rs_epsilon": epsilon}
-    _, expected, _ = TrainIMLE.choose_codes(model, *chunk, **options)
-    _, chosen, _ = TrainIMLE.choose_codes(model, *chunk, **options, tries=24)
+    _, _, expected, _ = TrainIMLE.choose_codes(model, *chunk, **options)
+    _, _, chosen, _ = Samplers.choose_codes_surrogate(model, *chunk, **options, tries=24)
     eligible = (losses >= epsilon).any(1)
     assert eligible.sum() > 8 and (chosen[eligible] >= epsilon).all()
     assert ((chosen - expected) / losses.std(1))[eligible].mean() < 0.3
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tries", [1, 2, 5, 10])
-def test_the_surrogate_never_tries_a_code_twice_and_takes_the_nearest_of_the_tried(
-    model, chunk, tries
+@pytest.mark.parametrize("rs_epsilon", [0.0, 0.8])
+def test_the_surrogate_that_tries_all_codes_chooses_as_the_exhaustive_sampler(
+    model, chunk, rs_epsilon
 ):
-    losses = brute_force(model, *chunk, 10)
-    tried = []
+    options = {"codes_per_image": 10, "codes_per_pass": 4, "rs_epsilon": rs_epsilon}
+    exhaustive = TrainIMLE.choose_codes(model, *chunk, **options)
+    surrogate = Samplers.choose_codes_surrogate(model, *chunk, **options, tries=10)
+    assert torch.equal(exhaustive[0], surrogate[0]) and torch.equal(exhaustive[1], surrogate[1])
+    torch.testing.assert_close(exhaustive[2], surrogate[2])
 
-    def attempt(numbers):
+
+@torch.no_grad()
+@pytest.mark.parametrize("tries", [1, 2, 5, 10])
+@pytest.mark.parametrize("residual", ["known", "no number", "codes change nothing"])
+def test_the_surrogate_never_tries_a_code_twice_and_takes_the_nearest_of_the_tried(
+    model, chunk, monkeypatch, tries, residual
+):
+    losses, tried = brute_force(model, *chunk, 10), []
+
+    def try_codes(model, prefix, images, seeds, numbers, codes_per_pass):
         tried.append(numbers)
-        return torch.randn(5, numbers.shape[1], 7), losses.gather(1, numbers)
+        residuals = torch.randn(5, numbers.shape[1], 7)
+        residuals = residuals * math.nan if residual == "no number" else residuals
+        return residuals, losses.gather(1, numbers)
 
-    features = model.code_features(model.sample_codes(chunk[2], 10))
-    kernel = Samplers.kernel_matrix(features)
-    numbers, found = Samplers.search(attempt, kernel, tries)
-    assert torch.equal(numbers, torch.cat(tried, dim=1)) and numbers.shape == (5, tries)
+    monkeypatch.setattr(Samplers, "try_codes", try_codes)
+    if residual == "codes change nothing":
+        monkeypatch.setattr(model, "code_features", lambda codes: 0 * codes)
+    _, chosen, best, _ = Samplers.choose_codes_surrogate(
+        model, *chunk, codes_per_image=10, codes_per_pass=4, tries=tries
+    )
+    numbers = torch.cat(tried, dim=1)
+    assert numbers.shape == (5, tries)
     assert all(len(set(row)) == tries for row in numbers.tolist())
-    assert torch.equal(found, losses.gather(1, numbers))
-    # Where nothing is known: codes that do nothing yet, and losses that are no numbers.
-    broken = partial(Samplers.search, lambda n: (torch.full((5, n.shape[1], 7), math.nan), n))
-    for search, k in ((partial(Samplers.search, attempt), 0 * kernel), (broken, kernel)):
-        assert all(len(set(row)) == tries for row in search(k, tries)[0].tolist())
+    assert torch.equal(best, losses.gather(1, numbers).min(1).values)
+    assert torch.equal(best, losses.gather(1, chosen[:, None])[:, 0])
 
 
 def test_losses_are_predicted_exactly_where_completions_are_linear_in_the_features():
@@ -195,8 +211,7 @@ def test_low_precision_hardly_changes_the_quality_of_the_choice(model):
     chunk = digits(25)
     losses = brute_force(model, *chunk, 16)
     low = Models.in_precision(model, torch.bfloat16)
-    codes, _, _ = TrainIMLE.choose_codes(low, *chunk, codes_per_image=16, codes_per_pass=16)
-    chosen = (model.sample_codes(chunk[2], 16) == codes[:, None]).all(-1).float().argmax(1)
+    _, chosen, _, _ = TrainIMLE.choose_codes(low, *chunk, codes_per_image=16, codes_per_pass=16)
     regret = losses[torch.arange(25), chosen] - losses.min(1).values
     assert regret.sum() / (losses.mean(1) - losses.min(1).values).sum() < 0.01
 
@@ -213,57 +228,48 @@ def test_validation_equals_a_brute_force_over_codes(model, chunk):
     torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-4)
 
 
-def make_batch(model, n=6, images=None):
-    torch.manual_seed(0)
-    pool = Data.Pool(
-        Data.open_images(ROOT / "demo/mnist_val.tar"),
-        epoch=0,
-        indices=torch.arange(n),
-        seeds=torch.arange(n),
-        mask_noise=torch.rand(n, 49),
-        images=torch.randint(0, 256, (n, 3, 28, 28), dtype=torch.uint8),
-        shuffle=True,
-        seed=0,
-    )
-    codes = model.sample_codes(pool.seeds, 1)[:, 0]
-    return Data.Batch(pool, torch.arange(n), codes, torch.arange(n), step=7)
-
-
 @pytest.mark.parametrize("parts", [1, 3, 4])
 def test_a_step_follows_the_gradient_of_the_mean_loss_in_any_number_of_parts(parts):
     model = IO.load_model(ROOT / "demo/imle_mnist.pt")
-    batch = make_batch(model)
-    images, noise, codes = batch.to(torch.device("cpu"))
-    pred, mask = model(images, noise, codes)
+    batch = random_batch(6)
+    images = Augmentation.normalize(batch.images)
+    codes = model.sample_codes(batch.seeds, 3)[torch.arange(6), batch.code_numbers]
+    pred, mask = model(images, batch.mask_noise, codes[:, None])
     expected = Models.reconstruction_loss(pred, images, mask, False).mean()
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(expected, trained)
-    rates = {"mae": 0.0, "z": 0.0}
-    loss, norm = TrainIMLE.train_step(model, batch, rates, **step_options(model, parts=parts))
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
-    assert norm == pytest.approx(
+    options = step_options(model, parts=parts, rates={"mae": 0.0, "z": 0.0})
+    found = TrainIMLE.train_step(model, batch, **options)
+    assert found["pretrain/loss_tr"] == pytest.approx(expected.item(), rel=1e-5)
+    assert found["pretrain/grad_norm"] == pytest.approx(
         torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-4
     )
     for parameter, gradient in zip(trained, gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_images():
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_images(monkeypatch):
     model = IO.load_model(ROOT / "demo/imle_mnist.pt")
-    batch = make_batch(model)
-    batch.pool.mask_noise[2] = 0
-    batch.codes[3] = math.nan
+    batch = random_batch(6)
+    whole = model.numbered_codes
+
+    def numbered_codes(*args):
+        codes = whole(*args)
+        codes[3] = math.nan
+        return codes
+
+    monkeypatch.setattr(model, "numbered_codes", numbered_codes)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(RunError, match="after 7 gradient steps the training loss is nan") as caught:
-        TrainIMLE.train_step(model, batch, {"mae": 1e-3, "z": 1e-3}, **step_options(model))
+        TrainIMLE.train_step(model, batch, **step_options(model))
     assert all(name in str(caught.value) for name in batch.names())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 def test_clipping_bounds_the_gradient():
     model = IO.load_model(ROOT / "demo/imle_mnist.pt")
-    options = step_options(model, clip_grad=1e-3)
-    TrainIMLE.train_step(model, make_batch(model), {"mae": 0.0, "z": 0.0}, **options)
+    options = step_options(model, clip_grad=1e-3, rates={"mae": 0.0, "z": 0.0})
+    TrainIMLE.train_step(model, random_batch(6), **options)
     norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
     assert torch.stack(norms).norm() <= 1.001e-3
 
@@ -479,7 +485,7 @@ def test_on_a_gpu_nothing_is_mixed_with_the_cpu():
         pixels = torch.zeros(2, 3, 28, 28, dtype=torch.uint8)
         results = [
             *TrainIMLE.choose_codes(model, *chunk, **options),
-            *TrainIMLE.choose_codes(model, *chunk, **options, tries=4, rs_epsilon=0.1),
+            *Samplers.choose_codes_surrogate(model, *chunk, **options, tries=4, rs_epsilon=0.1),
             Validation.evaluate(model, *chunk, **options, mask_ratio=0.75),
             Models.completions(model, *chunk[:2], model.sample_codes(chunk[2], 4), 0.75),
             model.encode(chunk[0], model.sample_codes(chunk[2], 1)[:, 0]),

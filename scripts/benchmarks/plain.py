@@ -31,7 +31,7 @@ def plain_losses(model, images, mask_noise, codes, mask_ratio=0.75):
     x = torch.cat([cls_token.expand(n, -1, -1), x], dim=1)
     for block in model.blocks:
         x = block(x)
-    shift, scale = model.injections[str(len(model.blocks) - 1)].mapping(codes).chunk(2, dim=-1)
+    shift, scale = model.injections[str(len(model.blocks) - 1)].features(codes).chunk(2, dim=-1)
     x = x.repeat_interleave(k, dim=0)  # (N*K, 1+V, C)
     x = x * (1 + scale.flatten(0, 1)[:, None]) + shift.flatten(0, 1)[:, None]
     x = model.decoder_embed(model.norm(x))

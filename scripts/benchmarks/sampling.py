@@ -11,6 +11,7 @@ from Augmentation import normalize, resize
 from internals.weights import load_model
 from IO import whole
 from Models import PRESETS, build, in_precision, reconstruction_loss
+from Samplers import choose_codes_surrogate
 from TrainIMLE import choose_codes
 from Utils import InputError, Stream, fastest_dtype, mix_seeds, naming, random_uniform
 
@@ -142,10 +143,11 @@ def plain_sampler(model, chunk, *, ns, sp, fused=False):
 
 def our_sampler(model, chunk, *, ns, sp, dtype=torch.float32, share=None, fewer=1.0, **options):
     """choose_codes, as a run calls it: of `fewer` times ns codes, trying a `share` of them."""
-    model, ns = in_precision(model, dtype), max(1, round(ns * fewer))
-    tries = None if share is None else max(1, round(ns * share))
-    options |= {"codes_per_image": ns, "codes_per_pass": sp, "tries": tries}
-    return lambda: choose_codes(model, *chunk, **options)[0]
+    model, choose = in_precision(model, dtype), choose_codes
+    options |= {"codes_per_image": max(1, round(ns * fewer)), "codes_per_pass": sp}
+    if share is not None:
+        choose = partial(choose_codes_surrogate, tries=max(1, round(ns * share)))
+    return lambda: choose(model, *chunk, **options)[0]
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@ from functools import partial
 
 import torch
 
-from Data import Batch, Pool
+from Augmentation import normalize
+from Data import Batch
 from IO import whole
 from Models import PRESETS, parameter_groups
 from TrainIMLE import train_step
@@ -41,12 +42,10 @@ def measure(args):
     model, (_, mask_noise, seeds) = random_model(args, n, device)
     low = fastest_dtype(device)
     images = torch.randint(0, 256, (n, 3, *model.config.image_size), dtype=torch.uint8)
-    codes = model.sample_codes(seeds, 1)[:, 0].cpu()
-    rows = torch.arange(n)
-    pool = Pool(None, 0, rows, rows, mask_noise.cpu(), images, shuffle=True, seed=0)
-    batch = Batch(pool, rows, codes, rows, step=0)
+    numbers = torch.zeros(n, dtype=torch.int64)
+    batch = Batch(images.to(device), mask_noise.cpu(), seeds.cpu(), numbers, step=0, names=None)
     steps = {
-        "plain, float32": plain_step(model, batch, device),
+        "plain, float32": plain_step(model, batch),
         "ours, float32": our_step(copy.deepcopy(model), batch, device, torch.float32),
         f"ours, {name_of(low)} autocast": our_step(model, batch, device, low),
     }
@@ -71,15 +70,17 @@ def measure(args):
     yield Table(f"Training: {args.arch}, {n} images a step, on {describe(device)}", COLUMNS, table)
 
 
-def plain_step(model, batch, device):
+def plain_step(model, batch):
     """A step as the original's: all tokens decoded, attention written out, torch's plain AdamW."""
+    codes = model.sample_codes(batch.seeds.to(batch.images.device), 1)
+    mask_noise = batch.mask_noise.to(codes.device)
     model = plain_model(model, fused=False)
     groups = parameter_groups(model, 0.05)
     optimizer = torch.optim.AdamW(groups, lr=1e-4, foreach=False, fused=False)
 
     def step():
         optimizer.zero_grad()
-        plain_losses(model, *batch.to(device)).mean().backward()
+        plain_losses(model, normalize(batch.images), mask_noise, codes).mean().backward()
         optimizer.step()
 
     return step
@@ -89,13 +90,14 @@ def our_step(model, batch, device, dtype):
     """train_step, as a run calls it."""
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    options = {
-        "optimizer": optimizer,
-        "scaler": scaler,
-        "batch_size": len(batch.rows),
-        "parts": 1,
-        "dtype": dtype,
-        "masking": {},
-        "clip_grad": 0.0,
-    }
-    return partial(train_step, model, batch, {"mae": 1e-4, "z": 1e-4}, **options)
+    rates = {"mae": 1e-4, "z": 1e-4}
+    return partial(
+        train_step,
+        model,
+        batch,
+        optimizer,
+        scaler,
+        rates,
+        images_per_step=len(batch.images),
+        dtype=dtype,
+    )
