@@ -1,17 +1,18 @@
-"""The flags of the programs: what they mean, their defaults and bounds, and what goes together."""
+"""The command lines: every flag with its meaning, default, unit and bounds, and the checks of flags
+that depend on each other."""
 
 import argparse
-import difflib
+import dataclasses
 import math
 import os
 import re
 import secrets
-import sys
 
 import torch
 
 from Data import MOST_BAD
 from internals.checkpoints import read_run_checkpoint
+from internals.parsing import SWITCH, Parser, real, whole
 from internals.stores import IMAGE_DECODERS, check_decoder
 from internals.weights import (
     FOREIGN_SOURCES,
@@ -19,273 +20,289 @@ from internals.weights import (
     SOURCES,
     load_model,  # noqa: F401 (where users look for it)
 )
-from Models import ACTIVATIONS, DECODERS, INJECTIONS, PRESETS
+from Models import ACTIVATIONS, DECODERS, INJECTIONS, PRESETS, ModelConfig
 from Utils import InputError, naming, say
 
-# -------------------------------------------------------------------------------------------------
-# Flags. Every flag, its default, its unit and its bounds stand in `training_parser`; `parse_flags`
-# checks what bounds can't say.
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that ends on a mistake with one line, which names the nearest flag for an
-    unknown one."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **options)
-
-    def parse_args(self, argv=None, namespace=None):
-        argv = sys.argv[1:] if argv is None else argv
-        flags = self._option_string_actions
-        for word in (word.split("=")[0] for word in argv if word.startswith("--")):
-            if word not in flags:  # first, as a missing flag may only be misspelt
-                near = difflib.get_close_matches(word, flags, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                self.error(f"unknown argument {word}{hint}")
-        args, unknown = self.parse_known_args(argv, namespace)
-        if unknown:
-            self.error(f"unknown argument {unknown[0]}")
-        return args
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with defaults, but for those that say nothing."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=34, width=110)
-
-    def _get_help_string(self, action):
-        silent = action.default in (None, "", argparse.SUPPRESS) or "default" in action.help
-        return action.help if silent else super()._get_help_string(action)
-
-
-def number(kind, low=-math.inf, high=math.inf, also=None):
-    """A type for add_argument: an int or float within [low, high], or the one value `also`."""
-
-    def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value <= high and math.isfinite(value) or value == also):
-            bounds = f" of at least {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
-            bounds = "" if low == -math.inf else bounds + ("" if also is None else f", or {also:g}")
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}{bounds}")
-        return value
-
-    return convert
-
-
-def whole(low, high=math.inf, also=None):
-    """A type for add_argument: a whole number within bounds."""
-    return number(int, low, high, also)
-
-
-def real(low, high=math.inf, also=None):
-    """A type for add_argument: a number within bounds."""
-    return number(float, low, high, also)
-
-
-SWITCH = {"type": int, "choices": (0, 1)}
 WORKERS = min(
     8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 )
+IMAGES = (
+    "a folder with one folder per class, a .tar of such a folder, or an .lmdb made by "
+    "scripts/pack.py"
+)
 
-
-# fmt: off
-def data_flags(parser):
-    """The flags that training and probes share: images, seed, devices."""
-    add = parser.add_argument_group("data").add_argument
-    add("--data_tr", required=True, metavar="PATH",
-        help="training images: a folder with one folder per class, a .tar of one, or an .lmdb "
-        "of scripts/pack.py")
-    add("--data_val", required=True, metavar="PATH", help="validation images, likewise")
-    add("--train_n_way", type=whole(1, also=-1), default=-1, metavar="CLASSES",
-        help="few-shot training: classes, evenly spaced in sorted order; -1: all")
-    add("--train_n_shot", type=whole(1, also=-1), default=-1, metavar="IMAGES",
-        help="few-shot training: images per class, chosen by --seed; -1: all")
-    add("--use_augs", **SWITCH, default=1,
-        help="1: random resized crop and flip, centre crop for tests; 0: plain resize for both")
-    add("--image_decoder", choices=IMAGE_DECODERS, default="pillow",
-        help="torchcodec (to be installed): about twice as fast, differs from pillow by rounding")
-    add("--skip_bad_images", **SWITCH, default=0,
-        help="1: replace damaged images by others of their class, up to "
-        f"{MOST_BAD * 1000:g} in 1000; 0: stop")
-    add("--num_workers", type=whole(0), default=WORKERS, metavar="N",
-        help="loader workers per process; default: cores, at most 8")
-    add("--loader_timeout", type=real(1), default=120.0, metavar="SECONDS",
-        help="for which a loader worker may give nothing before the run ends with an error")
-    add("--seed", type=whole(0, 2**31), default=0, metavar="N", help="of everything that is random")
-
-    add = parser.add_argument_group("devices and precision").add_argument
-    add("--gpus", nargs="+", metavar="ID",
-        help="device ids, one process each, or `cpu`; default: all visible GPUs, else the CPU")
-    add("--processes", type=whole(1), default=1, metavar="N", help="processes, with --gpus cpu")
-    add("--sample_dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="precision of all that needs no gradients; auto: the fastest that the device has")
-
-
-def probe_flags(parser, title="fast linear probe"):
-    """The flags of the fast linear probe."""
-    add = parser.add_argument_group(title).add_argument
-    add("--val_n_way", type=whole(2), default=32, metavar="CLASSES", help="classes, at most")
-    add("--val_n_shot", type=whole(1), default=50, metavar="IMAGES",
-        help="training images per class, at most")
-    add("--probe_lr", type=real(0), default=1e-3, metavar="RATE", help="peak rate of the head")
-    add("--probe_epochs", type=whole(1), default=100, metavar="EPOCHS", help="epochs of the head")
-    add("--probe_bs", type=whole(1), default=16, metavar="IMAGES", help="batch size of the head")
-    add("--probe_bs_val", type=whole(1), default=256, metavar="IMAGES",
-        help="images per pass when features are computed")
-    add("--probe_ignore_z", **SWITCH, default=1,
-        help="1: features without codes; 0: with one code per image")
-    add("--probe_augs_per_image", type=whole(1), default=1, metavar="COPIES",
-        help="augmented copies of each training image (with --use_augs 1)")
-    add("--global_pool", **SWITCH, default=1,
-        help="features: 1: mean of the patch tokens; 0: class token")
+# -------------------------------------------------------------------------------------------------
+# The flags of TrainIMLE.py, one function per group. A flag that is added must be read somewhere.
 
 
 def training_parser():
-    """The parser of TrainIMLE.py. A flag that is added here must be read somewhere."""
+    """The parser of TrainIMLE.py."""
     parser = Parser(
         prog="TrainIMLE.py",
         usage="TrainIMLE.py --data_tr PATH --data_val PATH [flags]",
-        description="Train a masked autoencoder, made implicit by latent codes, by IMLE.",
+        description="Train a masked autoencoder with latent codes by Implicit Maximum Likelihood "
+        "Estimation (IMLE), or a plain masked autoencoder (MAE).",
     )
     data_flags(parser)
-
-    add = parser.add_argument_group("model").add_argument
-    add("--arch", choices=PRESETS, default="vit_base", metavar="NAME", help=", ".join(PRESETS))
-    add("--ip_spec", nargs="+", metavar="PLACE METHOD",
-        help="where codes enter, as pairs: 0... encoder blocks, then decoder blocks, or `mask`, "
-        f"the mask token; {', '.join(INJECTIONS)}; default: adain at the last encoder block")
-    add("--latent_dim", type=whole(1, 2**16), default=512, metavar="NUMBERS",
-        help="numbers per code")
-    add("--mapping_net_layers", type=whole(1, 64), default=8, metavar="N",
-        help="of the net that turns a code into shifts and scales")
-    add("--mapping_net_h_dim", type=whole(1, 2**16), default=512, metavar="WIDTH",
-        help="its hidden width")
-    add("--mapping_net_lrmul", type=real(1e-6), metavar="X",
-        help="its learning-rate multiplier; default: .01, with --adain_init identity 1")
-    add("--act_type", choices=ACTIVATIONS, default="leakyrelu", help="its activation")
-    add("--adain_init", choices=("original", "identity"), default="original",
-        help="identity: an injection changes nothing at first, and learns faster")
-    add("--decoder", choices=DECODERS, default="self",
-        help="self: MAE's, patches attend to each other; cross: masked ones to visible ones only")
-    add("--mask_ratio", type=real(0, 1), default=0.75, metavar="SHARE", help="of patches removed")
-    add("--predict_ratio", type=real(0, 1), metavar="SHARE",
-        help="of all patches, masked ones, predicted in training (not in validation); default: "
-        "with --decoder cross .25, else all masked ones")
-    add("--norm_pix_loss", **SWITCH,
-        help="1: predict patches normalised one by one; 0: pixels; default: 1, for vit_base_vis 0")
-    add("--input_size", type=whole(1), nargs="+", default=[224], metavar="PIXELS",
-        help="side, or height and width, of the images as the network sees them")
-    add("--finetune", **SWITCH, default=1,
-        help="1: start from pretrained weights, those of --mae_weights or the published ones for "
-        "--arch; 0: from scratch")
-    add("--mae_weights", metavar="SOURCE", help=f"weights to start from: {SOURCES}")
-    add("--ignore_z", **SWITCH, default=0, help="1: no codes, a plain MAE")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=whole(0), default=1024, metavar="N", help="pools of images to train on")
-    add("--ex_per_epoch", type=whole(1), default=2048, metavar="IMAGES", help="size of a pool")
-    add("--ipe", type=whole(1), default=64, metavar="STEPS", help="gradient steps per epoch")
-    add("--mini_bs", type=whole(1), default=32, metavar="IMAGES",
-        help="per gradient step, over all processes")
-    add("--accum", type=whole(1), default=1, metavar="PARTS",
-        help="in which a process computes its share of a gradient step")
-    add("--ns", type=whole(1), default=128, metavar="CODES", help="tried per image")
-    add("--code_bs", type=whole(1), default=32, metavar="IMAGES", help="per sampling pass")
-    add("--sp", type=whole(1), default=64, metavar="CODES",
-        help="per image and sampling pass, at most; on a CPU as many as its cache likes")
-    add("--sampler", choices=("exhaustive", "surrogate"), default="exhaustive",
-        help="exhaustive: try all --ns codes; surrogate: try --tries of them, most of which a "
-        "regression on those tried before takes for the best")
-    add("--tries", type=whole(1, also=-1), default=-1, metavar="CODES",
-        help="per image, with --sampler surrogate; -1: a fifth of --ns")
-    add("--rs_epsilon", type=real(0), default=0.0, metavar="LOSS",
-        help="RS-IMLE: a code nearer than this is chosen only where all are; 0: off")
-    add("--code_free_share", type=real(0, 0.99), default=0.0, metavar="SHARE",
-        help="of gradient steps, evenly spaced, taken without codes, as a plain MAE's: the network "
-        "that probes see then learns, too")
-    add("--shuffle_data", **SWITCH, default=1, help="1: pools and minibatches in random order")
-    add("--fix_mask_noise", **SWITCH, default=0, help="1: an image has the same mask in all epochs")
-    add("--fp16", action=argparse.BooleanOptionalAction, default=True,
-        help="mixed-precision gradient steps in what the device computes natively")
-
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=real(0), default=1e-4, metavar="RATE", help="base rate of the MAE")
-    add("--lr_z", type=real(0, also=-1), default=-1, metavar="RATE",
-        help="base rate of the injections; -1: as --lr")
-    add("--min_lr", type=real(0), default=0.0, metavar="RATE", help="where ramps start, decays end")
-    add("--scheduler", choices=("constant", "linear_ramp", "linear_ramp_cosine_decay"),
-        default="constant", help="of the rates, set anew for each gradient step")
-    add("--n_ramp", type=whole(0), default=0, metavar="EPOCHS", help="of linear ramp")
-    add("--n_cycles", type=whole(1), default=1, metavar="N", help="cosine cycles after the ramp")
-    add("--headstart_z", type=whole(0), default=0, metavar="EPOCHS",
-        help="in which only the injections learn")
-    add("--wd", type=real(0), default=0.01, metavar="RATE", help="AdamW's weight decay")
-    add("--beta1", type=real(0, 0.9999), default=0.9, metavar="X", help="AdamW's")
-    add("--beta2", type=real(0, 0.9999), default=0.95, metavar="X", help="AdamW's")
-    add("--clip_grad", type=real(0), default=0.0, metavar="NORM", help="of the gradient; 0: off")
-
-    add = parser.add_argument_group("validation").add_argument
-    add("--steps_per_eval", type=whole(0), default=64, metavar="STEPS",
-        help="gradient steps between validations, besides the first and the last; 0: never")
-    add("--ex_for_mse_loss", type=whole(1), default=2048, metavar="IMAGES", help="for the loss")
-    add("--z_per_ex_loss", type=whole(1), default=128, metavar="CODES",
-        help="per image, for the loss")
-    add("--eval_bs", type=whole(1), default=32, metavar="IMAGES", help="per pass, for the loss")
-    add("--ex_for_vis_tr", type=whole(0), default=8, metavar="ROWS", help="in the training grid")
-    add("--ex_for_vis_te", type=whole(0), default=8, metavar="ROWS", help="in the validation grid")
-    add("--z_per_ex_vis", type=whole(1), default=8, metavar="CODES", help="columns in the grids")
-    add("--get_mae_baseline", **SWITCH, default=1,
-        help="1: validate the starting point without codes, too")
-    add("--fast_linear_probe", **SWITCH, default=1, help="1: with the probe below")
+    model_flags(parser)
+    step_flags(parser)
+    code_flags(parser)
+    optimizer_flags(parser)
+    mask_flags(parser)
     probe_flags(parser)
-
-    add = parser.add_argument_group("run").add_argument
-    add("--save_folder", default=".", metavar="DIR", help="the run is DIR/models/NAME")
-    add("--suffix", default="", metavar="TEXT", help="in the run's name")
-    add("--uid", metavar="TEXT",
-        help="the run's identity: the same command with the same uid goes on where it stood; "
-        "default: the SLURM job's id, else random")
-    add("--resume", metavar="CHECKPOINT",
-        help="go on from the newest checkpoint of a run, with its flags where they are not given")
-    add("--force_resume", **SWITCH, default=0,
-        help="1: go on although flags changed that make the run what it is (never: its model's)")
-    add("--save_iter", type=whole(1, also=-1), default=-1, metavar="EPOCHS",
-        help="between checkpoints that are kept for good; -1: only the newest are kept")
-    add("--save_minutes", type=real(0), default=10.0, metavar="MINUTES",
-        help="between saves of the newest checkpoint, besides the last one")
-    add("--staged", metavar="DIR",
-        help="a folder of copies, on a fast disk: DIR/PATH is read where --data_tr or --data_val "
-        "is /PATH, which the run is still named by (scripts/slurm_submit.py --stage)")
-    add("--wandb", choices=("disabled", "offline", "online"), default="disabled",
-        help="mirror metrics and pictures to Weights & Biases")
-    add("--notes", default="", metavar="TEXT", help="kept in config.json and W&B")
+    validation_flags(parser)
+    device_flags(parser)
+    run_flags(parser)
     return parser
 
 
+# fmt: off
+def data_flags(parser, training=True):
+    """training=False: for LinearProbe.py, whose result depends on more of these flags."""
+    add = parser.group("data")
+    add("--data_tr", required=True, metavar="PATH", help=f"Training images: {IMAGES}.")
+    add("--data_val", required=True, metavar="PATH", changeable=training,
+        help=f"Validation images: {IMAGES}.")
+    add("--train_n_way", type=whole(1, also=-1), default=-1, metavar="CLASSES",
+        help="Few-shot training: number of classes, evenly spaced in sorted order; -1: all.")
+    add("--train_n_shot", type=whole(1, also=-1), default=-1, metavar="IMAGES",
+        help="Few-shot training: number of images per class, chosen by --seed; -1: all.")
+    add("--use_augs", **SWITCH, default=1,
+        help="1: random crops and flips in training, centre crops in tests; 0: plain resizing.")
+    add("--image_decoder", choices=IMAGE_DECODERS, default="pillow",
+        help="Decoder of image files. torchcodec must be installed first; it is about twice as "
+        "fast as pillow, and its pixels differ by rounding.")
+    add("--skip_bad_images", **SWITCH, default=0, changeable=training,
+        help="1: replace each damaged image by another image of its class, up to "
+        f"{MOST_BAD * 1000:g} in 1000 images; 0: end with an error at a damaged image.")
+    add("--num_workers", type=whole(0), default=WORKERS, metavar="N", changeable=True,
+        help="Workers per process that load images; default: number of CPU cores, at most 8.")
+    add("--loader_timeout", type=real(1), default=120.0, metavar="SECONDS", changeable=True,
+        help="Seconds without an image from a loader worker until the program ends with an error.")
+    add("--seed", type=whole(0, 2**31), default=0, metavar="N", help="Seed of all random numbers.")
+
+
+def model_flags(parser):
+    add = parser.group("model")
+    add("--arch", choices=PRESETS, default="vit_base", metavar="NAME",
+        help=f"Name of the network's sizes: {', '.join(PRESETS)}.")
+    add("--decoder", choices=DECODERS, default="self",
+        help="Attention in the decoder. self: all patches attend to each other, as in MAE; cross: "
+        "masked patches attend to visible patches only.")
+    add("--ip_spec", nargs="+", metavar="PLACE METHOD",
+        help="Where and how codes are injected: pairs of a place and a method. Places: 0, 1, ... "
+        "are the encoder blocks, the numbers after them the decoder blocks, `mask` is the mask "
+        f"token. Methods: {', '.join(INJECTIONS)}; default: adain at the last encoder block.")
+    add("--latent_dim", type=whole(1, 2**16), default=512, metavar="NUMBERS",
+        help="Number of values in the latent code of an adain or local_adain injection.")
+    add("--mapping_net_layers", type=whole(1, 64), default=8, metavar="N",
+        help="Number of layers of the mapping network, which turns a code into shifts and scales.")
+    add("--mapping_net_h_dim", type=whole(1, 2**16), default=512, metavar="WIDTH",
+        help="Width of the hidden layers of the mapping network.")
+    add("--mapping_net_lrmul", type=real(1e-6), metavar="X",
+        help="Learning-rate multiplier of the mapping network, as in StyleGAN; default: 0.01, "
+        "or 1 with --adain_init identity.")
+    add("--act_type", choices=ACTIVATIONS, default="leakyrelu",
+        help="Activation function of the mapping network.")
+    add("--adain_init", choices=("original", "identity"), default="original",
+        help="Initial weights of the mapping network. original: random, as in StyleGAN; identity: "
+        "the injection changes nothing at the first step, and learns faster.")
+    add("--finetune", **SWITCH, default=1,
+        help="1: start from pretrained weights, those of --mae_weights or else the published ones "
+        "for --arch; 0: start from random weights.")
+    add("--mae_weights", metavar="SOURCE", changeable=True, help=f"Pretrained weights: {SOURCES}.")
+    add("--ignore_z", **SWITCH, default=0,
+        help="1: train a plain MAE, without codes; 0: train with codes.")
+
+
+def step_flags(parser):
+    add = parser.group("epochs and gradient steps")
+    add("--epochs", type=whole(0), default=1024, metavar="N",
+        help="Number of epochs; each epoch draws a pool of images and trains on this pool.")
+    add("--ex_per_epoch", type=whole(1), default=2048, metavar="IMAGES",
+        help="Number of images in the pool of an epoch, over all processes.")
+    add("--ipe", type=whole(1), default=64, metavar="STEPS", help="Gradient steps per epoch.")
+    add("--mini_bs", type=whole(1), default=32, metavar="IMAGES",
+        help="Number of images per gradient step, over all processes.")
+    add("--accum", type=whole(1), default=1, metavar="PARTS", changeable=True,
+        help="Number of parts in which a process computes its share of a gradient step; more parts "
+        "need less memory.")
+    add("--shuffle_data", **SWITCH, default=1,
+        help="1: draw pools and minibatches in random order; 0: in the order of the data.")
+
+
+def code_flags(parser):
+    add = parser.group("choosing codes")
+    add("--ns", type=whole(1), default=128, metavar="CODES",
+        help="Number of codes tried per image, of which the one with the lowest loss is chosen.")
+    add("--code_bs", type=whole(1), default=32, metavar="IMAGES", changeable=True,
+        help="Number of images in one sampling pass of a process.")
+    add("--sp", type=whole(1), default=64, metavar="CODES", changeable=True,
+        help="Largest number of codes per image in one sampling pass; on a CPU a pass may have "
+        "fewer, to fit into the cache.")
+    add("--sampler", choices=("exhaustive", "surrogate"), default="exhaustive",
+        help="How codes are chosen. exhaustive: try all --ns codes; surrogate: try only --tries of "
+        "them, mostly codes that a regression on the codes tried before predicts to be best.")
+    add("--tries", type=whole(1, also=-1), default=-1, metavar="CODES",
+        help="Number of codes tried per image with --sampler surrogate; -1: a fifth of --ns.")
+    add("--rs_epsilon", type=real(0), default=0.0, metavar="LOSS",
+        help="RS-IMLE: codes with a loss below this number are chosen only if there are no others; "
+        "0: off.")
+    add("--code_free_share", type=real(0, 0.99), default=0.0, metavar="SHARE",
+        help="Share of gradient steps that are taken without codes, as in a plain MAE, evenly "
+        "spaced. These steps improve the features without codes, which probes use.")
+
+
+def optimizer_flags(parser):
+    add = parser.group("optimisation")
+    add("--lr", type=real(0), default=1e-4, metavar="RATE", help="Base learning rate of the MAE.")
+    add("--lr_z", type=real(0, also=-1), default=-1, metavar="RATE",
+        help="Base learning rate of the injections; -1: the same as --lr.")
+    add("--min_lr", type=real(0), default=0.0, metavar="RATE",
+        help="Learning rate at the start of the ramp and at the end of each cosine cycle.")
+    add("--clip_grad", type=real(0), default=0.0, metavar="NORM",
+        help="Largest norm of the gradient: larger gradients are scaled down to it; 0: off.")
+    add("--scheduler", choices=("constant", "linear_ramp", "linear_ramp_cosine_decay"),
+        default="constant",
+        help="Schedule of the learning rates. constant: base rates; linear_ramp: a linear ramp up "
+        "to base rates; linear_ramp_cosine_decay: a ramp, then cosine cycles down to --min_lr.")
+    add("--n_ramp", type=whole(0), default=0, metavar="EPOCHS",
+        help="Length of the linear ramp of the learning rates in epochs; 0: no ramp.")
+    add("--n_cycles", type=whole(1), default=1, metavar="N",
+        help="Number of equal cosine cycles of the learning rates after the ramp.")
+    add("--headstart_z", type=whole(0), default=0, metavar="EPOCHS",
+        help="Number of epochs at the start in which only the injections learn.")
+    add("--wd", type=real(0), default=0.01, metavar="RATE",
+        help="Weight decay of AdamW; biases, norms and tokens have none.")
+    add("--beta1", type=real(0, 0.9999), default=0.9, metavar="X",
+        help="Coefficient beta1 of AdamW, for the running mean of gradients.")
+    add("--beta2", type=real(0, 0.9999), default=0.95, metavar="X",
+        help="Coefficient beta2 of AdamW, for the running mean of squared gradients.")
+
+
+def mask_flags(parser):
+    add = parser.group("input, masks and targets")
+    add("--mask_ratio", type=real(0, 1), default=0.75, metavar="SHARE",
+        help="Share of an image's patches that are masked.")
+    add("--fix_mask_noise", **SWITCH, default=0,
+        help="1: an image has the same mask in every epoch; 0: a new mask in every epoch.")
+    add("--predict_ratio", type=real(0, 1), metavar="SHARE",
+        help="Share of an image's patches that are predicted in training, drawn from its masked "
+        "patches; default: 0.25 with --decoder cross, else all masked patches, as in validation.")
+    add("--norm_pix_loss", **SWITCH,
+        help="Targets of the predictions. 1: patches, each normalised by its mean and deviation; "
+        "0: raw pixels; default: 1, or 0 with --arch vit_base_vis.")
+    add("--input_size", type=whole(1), nargs="+", default=[224], metavar="PIXELS",
+        help="Side, or height and width, of the images that the network sees, in pixels.")
+
+
+def probe_flags(parser, title="fast linear probe", training=True):
+    """training: as in data_flags."""
+    add = parser.group(title, changeable=True)
+    add("--val_n_way", type=whole(2), default=32, metavar="CLASSES",
+        help="Largest number of classes in the fast probe.")
+    add("--val_n_shot", type=whole(1), default=50, metavar="IMAGES",
+        help="Largest number of training images per class in the fast probe.")
+    add("--probe_lr", type=real(0), default=1e-3, metavar="RATE",
+        help="Peak learning rate of the fast probe's linear head.")
+    add("--probe_epochs", type=whole(1), default=100, metavar="EPOCHS",
+        help="Number of epochs for which the fast probe's linear head is trained.")
+    add("--probe_bs", type=whole(1), default=16, metavar="IMAGES",
+        help="Number of images per gradient step of the fast probe's linear head.")
+    add("--probe_bs_val", type=whole(1), default=256, metavar="IMAGES", changeable=training,
+        help="Number of images per pass when a probe computes features.")
+    add("--probe_ignore_z", **SWITCH, default=1, changeable=training,
+        help="1: a probe computes features without codes; 0: with random codes.")
+    add("--probe_augs_per_image", type=whole(1), default=1, metavar="COPIES",
+        help="Augmented copies of each training image in the fast probe, with --use_augs 1.")
+    add("--global_pool", **SWITCH, default=1, changeable=training,
+        help="Features that a probe uses. 1: mean of the patch tokens; 0: class token.")
+
+
+def validation_flags(parser):
+    add = parser.group("validation", changeable=True)
+    add("--fast_linear_probe", **SWITCH, default=1,
+        help="1: each validation trains and tests the fast linear probe; 0: no probe.")
+    add("--ex_for_mse_loss", type=whole(1), default=2048, metavar="IMAGES",
+        help="Number of images on which the validation loss is computed.")
+    add("--z_per_ex_loss", type=whole(1), default=128, metavar="CODES",
+        help="Number of codes per image with which the validation loss is computed.")
+    add("--eval_bs", type=whole(1), default=32, metavar="IMAGES",
+        help="Number of images per pass and process when the validation loss is computed.")
+    add("--ex_for_vis_tr", type=whole(0), default=8, metavar="ROWS",
+        help="Number of training images, one per row, in the picture of completions.")
+    add("--ex_for_vis_te", type=whole(0), default=8, metavar="ROWS",
+        help="Number of validation images, one per row, in the picture of completions.")
+    add("--z_per_ex_vis", type=whole(1), default=8, metavar="CODES",
+        help="Number of codes, one per column, in the pictures of completions.")
+    add("--steps_per_eval", type=whole(0), default=64, metavar="STEPS",
+        help="Number of gradient steps between validations, besides those before the first and "
+        "after the last step; 0: no validation.")
+    add("--get_mae_baseline", **SWITCH, default=1,
+        help="1: also validate the initial network without codes; 0: only with codes.")
+
+
+def device_flags(parser, training=True):
+    """training: as in data_flags."""
+    add = parser.group("devices and precision", changeable=True)
+    if training:
+        add("--fp16", action=argparse.BooleanOptionalAction, default=True,
+            help="Gradient steps in mixed precision, in a format that the device computes "
+            "natively; --no-fp16: in float32.")
+    add("--sample_dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        changeable=training,
+        help="Precision of sampling, validation and probe features, which need no gradients; "
+        "auto: the fastest that the device computes natively.")
+    add("--gpus", nargs="+", metavar="ID",
+        help="Ids of GPUs, one process each, or `cpu`; default: all visible GPUs, else the CPU.")
+    add("--processes", type=whole(1), default=1, metavar="N", help="Processes with --gpus cpu.")
+
+
+def run_flags(parser):
+    add = parser.group("run", changeable=True)
+    add("--save_iter", type=whole(1, also=-1), default=-1, metavar="EPOCHS",
+        help="Epochs between checkpoints that are kept for good; -1: keep only the newest ones.")
+    add("--save_minutes", type=real(0), default=10.0, metavar="MINUTES",
+        help="Minutes between saves of the newest checkpoint, besides a save at the end.")
+    add("--wandb", choices=("disabled", "offline", "online"), default="disabled",
+        help="Copy of metrics and pictures for Weights & Biases: none, in files to upload later, "
+        "or uploaded at once.")
+    add("--save_folder", default=".", metavar="DIR", help="Runs are saved in DIR/models/NAME.")
+    add("--suffix", default="", metavar="TEXT", help="Text that the run's name contains.")
+    add("--uid", metavar="TEXT",
+        help="Identity of the run, at the end of its name. The same command with the same uid goes "
+        "on where the run stopped; default: the SLURM job's id, or else random.")
+    add("--notes", default="", metavar="TEXT", help="Notes to keep in config.json and in W&B.")
+    add("--resume", metavar="CHECKPOINT",
+        help="Newest checkpoint of a run to go on with; flags not given keep that run's values.")
+    add("--force_resume", **SWITCH, default=0,
+        help="1: go on with a run although flags of its training have changed; 0: refuse to. "
+        "Flags of its model can never change.")
+    add("--staged", metavar="DIR",
+        help="Folder on a fast disk with copies of the data: DIR/PATH is read in place of /PATH of "
+        "--data_tr or --data_val; the run's name keeps /PATH (scripts/slurm_submit.py --stage).")
+
+
 # fmt: on
+def changeable_flags(parser):
+    """Names of the flags with which a run, or a probe, may go on with another value."""
+    return {action.dest for action in parser._actions if getattr(action, "changeable", False)}
+
+
+def architecture_flags(config_class=ModelConfig):
+    """Names of the flags that determine the model: a run can never go on with another value."""
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    return fields - {"image_size"} | {"input_size", "arch", "ignore_z"}
+
+
+# -------------------------------------------------------------------------------------------------
+# From the words of a command line to checked flags.
+
+
 def parse_flags(argv=None):
-    """The flags of TrainIMLE.py, checked and with their defaults resolved; ends the program on a
-    mistake."""
+    """The flags of TrainIMLE.py, resolved and checked; ends the program on a mistake."""
     parser = training_parser()
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--resume", nargs="?")  # without a value: the real parser says so
-    source = early.parse_known_args(argv)[0].resume
-    if source:  # a run's flags are the defaults for going on with it
-        try:
-            known = read_run_checkpoint(source)["args"]
-        except InputError as error:
-            parser.error(f"--resume: {error}")
-        parser.set_defaults(**{**known, "force_resume": 0})
-        for action in parser._actions:
-            action.required = action.required and action.dest not in known
+    use_flags_of_resumed_run(parser, argv)
     args = parser.parse_args(argv)
     try:
         return resolve_flags(args)
@@ -293,9 +310,25 @@ def parse_flags(argv=None):
         parser.error(str(error))
 
 
+def use_flags_of_resumed_run(parser, argv):
+    """Makes the flags of the run that --resume names the parser's defaults."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--resume", nargs="?")  # a missing value is left to `parser` to report
+    path = early.parse_known_args(argv)[0].resume
+    if not path:
+        return
+    try:
+        known = read_run_checkpoint(path)["args"]
+    except InputError as error:
+        parser.error(f"--resume: {error}")
+    parser.set_defaults(**{**known, "force_resume": 0})
+    for action in parser._actions:
+        action.required = action.required and action.dest not in known
+
+
 def resolve_flags(args):
-    """A new namespace with every default that depends on other flags filled in; an InputError for
-    what does not go together."""
+    """A new namespace in which every default that depends on other flags is filled in; an
+    InputError for flags that contradict each other."""
     flags, preset = argparse.Namespace(**vars(args)), PRESETS[args.arch]
     flags.input_size = list(args.input_size) * (2 if len(args.input_size) == 1 else 1)
     if args.norm_pix_loss is None:
@@ -316,66 +349,87 @@ def resolve_flags(args):
         say(f"note: --sp {args.sp} is lowered to {args.ns}, as --ns")
         flags.sp = args.ns
     if args.epochs and args.headstart_z + args.n_ramp > args.epochs:
-        say(f"note: --epochs {args.epochs} end before --headstart_z and --n_ramp do")
+        say(f"note: the last of --epochs {args.epochs} ends before --headstart_z and --n_ramp do")
     return flags
 
 
 def check_flags(flags, patch_size):
-    """Refuses resolved flags that do not go together; the InputError says what is allowed."""
-    size = " ".join(map(str, flags.input_size))
-    if len(flags.input_size) != 2 or any(side % patch_size for side in flags.input_size):
-        wanted = f"one or two multiples of {patch_size}, the patch size of --arch {flags.arch}"
-        raise InputError(f"--input_size {size}: allowed are {wanted}")
-    n_patches = math.prod(flags.input_size) // patch_size**2
-    check_mask_ratio(flags.mask_ratio, n_patches)
+    """Refuses resolved flags that contradict each other; the InputError says what is allowed."""
+    check_input(flags, patch_size)
     check_sampling(flags)
-    if flags.predict_ratio < 1 and flags.decoder == "self":
-        shown = "with --decoder self all masked patches are predicted; use --decoder cross"
-        raise InputError(f"--predict_ratio {flags.predict_ratio}: {shown}")
-    if round(flags.predict_ratio * n_patches) < 1:
-        shown = f"of {n_patches} patches at least one must be predicted"
-        raise InputError(f"--predict_ratio {flags.predict_ratio}: {shown}")
-    if flags.ipe * flags.mini_bs < flags.ex_per_epoch:
-        raise InputError(
-            f"--ipe {flags.ipe}: so many steps of --mini_bs {flags.mini_bs} images do not see "
-            f"the --ex_per_epoch {flags.ex_per_epoch} images once; allowed is at least "
-            f"{math.ceil(flags.ex_per_epoch / flags.mini_bs)}"
-        )
-    if flags.n_ramp and flags.scheduler == "constant":
-        shown = "--scheduler constant has no ramp; use 0, or linear_ramp"
-        raise InputError(f"--n_ramp {flags.n_ramp}: {shown}")
-    if flags.headstart_z and flags.ignore_z:
-        shown = "with --ignore_z 1 nothing could learn first; allowed is 0"
-        raise InputError(f"--headstart_z {flags.headstart_z}: {shown}")
-    if flags.min_lr > flags.lr or (flags.min_lr > flags.lr_z and not flags.ignore_z):
-        raise InputError(f"--min_lr {flags.min_lr}: must be at most --lr and --lr_z")
-    n_processes = max(len(flags.gpus), int(os.environ.get("WORLD_SIZE", 1)))
-    check_processes(flags.mini_bs, n_processes)
+    check_steps(flags)
+    check_schedule(flags)
+    check_weights(flags)
     if not re.fullmatch(r"[\w.+-]{1,64}", flags.uid, re.ASCII):
         raise InputError(f"--uid {flags.uid}: allowed are up to 64 letters, digits and . _ + -")
-    if flags.mae_weights and not flags.finetune:
-        shown = "--finetune 0 starts from scratch; use --finetune 1, or no weights"
-        raise InputError(f"--mae_weights: {shown}")
-    if flags.finetune and not flags.mae_weights and flags.decoder != "self":
-        shown = f"the published weights have no --decoder {flags.decoder}"
-        raise InputError(f"--finetune 1: {shown}; name others with --mae_weights, or --finetune 0")
-    if flags.finetune and not flags.mae_weights and flags.arch not in PUBLISHED:
+
+
+def check_input(flags, patch_size):
+    """Refuses sizes that are not whole patches, and shares of patches that are none or all."""
+    size = " ".join(map(str, flags.input_size))
+    if len(flags.input_size) != 2 or any(side % patch_size for side in flags.input_size):
+        allowed = f"one or two multiples of {patch_size}, the patch size of --arch {flags.arch}"
+        raise InputError(f"--input_size {size}: allowed are {allowed}")
+    n_patches = math.prod(flags.input_size) // patch_size**2
+    check_mask_ratio(flags.mask_ratio, n_patches)
+    share = f"--predict_ratio {flags.predict_ratio:g}"
+    if flags.predict_ratio < 1 and flags.decoder == "self":
+        reason = "--decoder self predicts all masked patches; use --decoder cross, or 1"
+        raise InputError(f"{share}: {reason}")
+    if round(flags.predict_ratio * n_patches) < 1:
+        reason = f"at least one of {n_patches} patches must be predicted"
+        raise InputError(f"{share}: {reason}; use {1 / n_patches:.2g} or more")
+
+
+def check_steps(flags):
+    """Refuses too few gradient steps to use each image of a pool, and too small minibatches."""
+    least = math.ceil(flags.ex_per_epoch / flags.mini_bs)
+    if flags.ipe < least:
         raise InputError(
-            f"--finetune 1: no weights are published for --arch {flags.arch} (but for "
-            f"{', '.join(PUBLISHED)}); name others with --mae_weights, "
-            "or train from scratch with --finetune 0"
+            f"--ipe {flags.ipe}: so few steps of --mini_bs {flags.mini_bs} images do not use each "
+            f"of the --ex_per_epoch {flags.ex_per_epoch} images; use at least {least}"
         )
+    check_processes(flags.mini_bs, max(len(flags.gpus), int(os.environ.get("WORLD_SIZE", 1))))
+
+
+def check_schedule(flags):
+    """Refuses learning rates and schedules that contradict each other."""
+    if flags.n_ramp and flags.scheduler == "constant":
+        reason = "--scheduler constant has no ramp; use 0, or --scheduler linear_ramp"
+        raise InputError(f"--n_ramp {flags.n_ramp}: {reason}")
+    if flags.headstart_z and flags.ignore_z:
+        reason = "with --ignore_z 1 there are no injections that could learn first; use 0"
+        raise InputError(f"--headstart_z {flags.headstart_z}: {reason}")
+    if flags.min_lr > flags.lr or (flags.min_lr > flags.lr_z and not flags.ignore_z):
+        bounds = f"--lr {flags.lr:g}" + ("" if flags.ignore_z else f" and --lr_z {flags.lr_z:g}")
+        raise InputError(f"--min_lr {flags.min_lr:g}: must be at most {bounds}")
+
+
+def check_weights(flags):
+    """Refuses weights that training would not start from, or that are published nowhere."""
+    if flags.mae_weights and not flags.finetune:
+        reason = "--finetune 0 starts from random weights; use --finetune 1, or no --mae_weights"
+        raise InputError(f"--mae_weights: {reason}")
+    if not flags.finetune or flags.mae_weights:
+        return
+    advice = "name weights by --mae_weights, or train from scratch by --finetune 0"
+    if flags.decoder != "self":
+        reason = f"the published weights have no --decoder {flags.decoder}"
+        raise InputError(f"--finetune 1: {reason}; {advice}")
+    if flags.arch not in PUBLISHED:
+        reason = f"no weights are published for --arch {flags.arch}, only for"
+        raise InputError(f"--finetune 1: {reason} {', '.join(PUBLISHED)}; {advice}")
 
 
 def check_processes(mini_bs, n_processes):
-    """Refuses a minibatch that does not have an image for each process."""
+    """Refuses a minibatch that has fewer images than there are processes."""
     if mini_bs < n_processes:
-        shown = f"allowed is at least one image for each of {n_processes} processes"
-        raise InputError(f"--mini_bs {mini_bs}: {shown}")
+        reason = f"each of the {n_processes} processes needs an image; use at least {n_processes}"
+        raise InputError(f"--mini_bs {mini_bs}: {reason}")
 
 
 def check_sampling(flags):
-    """Refuses what makes no sense for the choice of codes."""
+    """Refuses flags of choosing codes that contradict each other."""
     if flags.ignore_z:
         given = {
             "sampler": flags.sampler != "exhaustive",
@@ -383,32 +437,33 @@ def check_sampling(flags):
             "code_free_share": flags.code_free_share > 0,
         }
         for name in (name for name, is_given in given.items() if is_given):
-            raise InputError(f"--{name}: with --ignore_z 1 no codes are chosen; leave it out")
+            raise InputError(f"--{name}: with --ignore_z 1 no codes are chosen; leave --{name} out")
     if flags.sampler == "exhaustive" and flags.tries != -1:
-        raise InputError(f"--tries {flags.tries}: needs --sampler surrogate, else leave it out")
+        raise InputError(f"--tries {flags.tries}: needs --sampler surrogate; or leave --tries out")
     for method in flags.ip_spec[1::2]:
         if flags.sampler == "surrogate" and not INJECTIONS[method].surrogate_can_learn:
-            shown = f"it learns nothing about the codes of `{method}`; use --sampler exhaustive"
-            raise InputError(f"--sampler surrogate: {shown}")
+            reason = f"it can't rank codes of `{method}`, which have too many numbers; "
+            raise InputError(f"--sampler surrogate: {reason}use --sampler exhaustive")
     if flags.tries > flags.ns:
         raise InputError(f"--tries {flags.tries}: allowed are 1 to --ns {flags.ns}, or -1")
 
 
 def check_mask_ratio(mask_ratio, n_patches):
-    """Refuses a mask ratio that leaves nothing to see or to complete."""
-    if not 0 < int(n_patches * (1 - mask_ratio)) < n_patches:
-        shown = f"of {n_patches} patches some must be masked, some visible"
-        raise InputError(f"--mask_ratio {mask_ratio}: {shown}")
+    """Refuses a mask ratio that leaves no visible or no masked patch."""
+    n_visible = int(n_patches * (1 - mask_ratio))
+    if not 0 < n_visible < n_patches:
+        reason = f"it leaves {n_visible} of {n_patches} patches visible"
+        raise InputError(f"--mask_ratio {mask_ratio:g}: {reason}; allowed are some, but not all")
 
 
 def resolve_shared_flags(flags):
-    """Resolves, in place, what training and probes have in common."""
+    """Resolves and checks, in place, flags that training and probes share."""
     with naming("--image_decoder"):
         check_decoder(flags.image_decoder)
     flags.gpus = device_names(flags.gpus, flags.processes)
     if flags.probe_augs_per_image > 1 and not flags.use_augs:
         given = flags.probe_augs_per_image
-        raise InputError(f"--probe_augs_per_image {given}: needs --use_augs 1, else use 1")
+        raise InputError(f"--probe_augs_per_image {given}: needs --use_augs 1; or use 1 copy")
 
 
 # fmt: off
@@ -417,46 +472,53 @@ def probe_parser():
     parser = Parser(
         prog="LinearProbe.py",
         usage="LinearProbe.py --model SOURCE --data_tr PATH --data_val PATH [flags]",
-        description="Probe how much of the classes an encoder's features hold: by MAE's recipe for "
-        "linear probes, several heads at once, or by the fast probe that watches training.",
+        description="Measure how well linear heads classify images by an encoder's features: with "
+        "MAE's recipe and several heads at once, or with the fast probe that training uses.",
     )
-    add = parser.add_argument_group("what is probed").add_argument
+    add = parser.group("encoder")
     add("--model", required=True, metavar="SOURCE",
-        help=f"the weights to probe: {SOURCES}; {FOREIGN_SOURCES}")
+        help=f"Weights of the encoder to probe: {SOURCES}; {FOREIGN_SOURCES}.")
     add("--input_size", type=whole(1), nargs="+", metavar="PIXELS",
-        help="side, or height and width, of the images as the network sees them; default: its own")
+        help="Side, or height and width, in pixels of the images that the network sees; default: "
+        "the size that the network was trained with.")
     add("--probe_codes", type=whole(1), default=1, metavar="CODES",
-        help="with --probe_ignore_z 0: codes per image over which features are averaged")
-    add("--fast", **SWITCH, default=0, help="1: the fast probe, of a few-shot subset")
-    data_flags(parser)
+        help="Number of codes per image over which features are averaged (--probe_ignore_z 0).")
+    add("--fast", **SWITCH, default=0, changeable=True,
+        help="1: the fast probe, on a few-shot subset; 0: the full probe.")
+    data_flags(parser, training=False)
+    device_flags(parser, training=False)
 
-    add = parser.add_argument_group("full probe").add_argument
+    add = parser.group("full probe")
     add("--lrs", type=real(0), nargs="+", default=[0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0],
         metavar="RATE",
-        help="base rates per 256 images, a head for each; .1 is MAE's, small data want more")
+        help="Base learning rates per 256 images: a head is trained with each. MAE uses 0.1; "
+        "small data sets need more.")
     add("--wds", type=real(0), nargs="+", default=[0.0], metavar="RATE",
-        help="weight decays: a head for each, with each rate")
+        help="Weight decays: a head is trained with each, for each of --lrs.")
     add("--pools", nargs="+", choices=("cls", "mean", "both"),
-        help="features: class token, mean of the patch tokens, both side by side: heads for each; "
-        "default: as --global_pool says, without it the class token")
+        help="Features that heads are trained on. cls: class token; mean: mean of the patch "
+        "tokens; both: the two, concatenated; default: cls, or mean with --global_pool 1.")
     add("--hold_out", type=real(0.001, 0.9), default=0.1, metavar="SHARE",
-        help="of each class's training images, to choose among several heads; one head needs none")
-    add("--epochs", type=whole(1), metavar="N", help="default: 90, of ViT-L and ViT-H 50")
+        help="Share of each class's training images that is held out to choose the best head; one "
+        "head alone needs none.")
+    add("--epochs", type=whole(1), metavar="N",
+        help="Number of epochs of the full probe; default: 90, or 50 for ViT-L and ViT-H.")
     add("--warmup_epochs", type=whole(0), metavar="N",
-        help="of linear warm-up; default: 10, at most a fifth of --epochs")
+        help="Length of the linear warm-up in epochs; default: 10, at most a fifth of --epochs.")
     add("--batch_size", type=whole(2), metavar="IMAGES",
-        help="per step, over all processes, of which --probe_bs_val pass the network at a time; "
-        "default: 512, at most an eighth of all; MAE's paper has 16384")
-    add("--keep_gb", type=real(0), default=8.0, metavar="GB",
-        help="of features on the device, at most; with --use_augs 0 they are computed once if "
-        "that is enough")
-    add("--save_minutes", type=real(0), default=10.0, metavar="MINUTES",
-        help="between saves of where the probe stands")
-    add("--save_folder", default=".", metavar="DIR",
-        help="the probe is DIR/probes/NAME, and a row of DIR/probes/results.csv")
+        help="Number of images per gradient step of the heads, over all processes; default: 512, "
+        "at most an eighth of the training images. MAE's paper uses 16384.")
+    add("--keep_gb", type=real(0), default=8.0, metavar="GB", changeable=True,
+        help="Memory of the device for features, in GB. With --use_augs 0, features that fit are "
+        "computed once, not in each epoch.")
+    add("--save_minutes", type=real(0), default=10.0, metavar="MINUTES", changeable=True,
+        help="Minutes between saves of the probe's checkpoint.")
+    add("--save_folder", default=".", metavar="DIR", changeable=True,
+        help="A probe is saved in DIR/probes/NAME, and as a row of DIR/probes/results.csv.")
     probe_flags(
         parser,
-        "fast probe; of both are --probe_bs_val, --probe_ignore_z and --global_pool",
+        "fast probe (--probe_bs_val, --probe_ignore_z, --global_pool: of both probes)",
+        training=False,
     )
     parser.set_defaults(global_pool=None)
     return parser
@@ -482,16 +544,18 @@ def resolve_probe_flags(args, default):
     go together. default(name): a flag's default."""
     flags = argparse.Namespace(**vars(args))
     if flags.input_size and len(flags.input_size) > 2:
-        raise InputError(f"--input_size {' '.join(map(str, flags.input_size))}: one or two numbers")
+        size = " ".join(map(str, flags.input_size))
+        raise InputError(f"--input_size {size}: allowed are one or two numbers")
     if flags.input_size:
         flags.input_size = list(flags.input_size) * (2 if len(flags.input_size) == 1 else 1)
     if flags.global_pool is None:
         flags.global_pool = int(bool(flags.fast))
     for name in ("lrs", "wds", "pools"):
         if len(set(getattr(flags, name) or [])) < len(getattr(flags, name) or []):
-            raise InputError(f"--{name}: the same value twice")
+            raise InputError(f"--{name}: the same value twice; give each value once")
     if flags.warmup_epochs is not None and flags.epochs and flags.warmup_epochs > flags.epochs:
-        raise InputError(f"--warmup_epochs {flags.warmup_epochs}: at most --epochs {flags.epochs}")
+        bound = f"at most --epochs {flags.epochs} is allowed"
+        raise InputError(f"--warmup_epochs {flags.warmup_epochs}: {bound}")
     if flags.probe_codes > 1 and flags.probe_ignore_z:
         raise InputError(f"--probe_codes {flags.probe_codes}: needs --probe_ignore_z 0")
     resolve_shared_flags(flags)

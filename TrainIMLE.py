@@ -242,6 +242,12 @@ def choose_pool_codes(
     choose = choose_codes
     if tries is not None:
         choose = partial(Samplers.choose_codes_surrogate, tries=tries)
+    choose = partial(
+        choose,
+        codes_per_image=codes_per_image,
+        codes_per_pass=codes_per_pass,
+        rs_epsilon=rs_epsilon,
+    )
     start, fast_model = time.perf_counter(), in_precision(model, dtype)
     numbers, losses = progress.codes.to(device), progress.code_losses.to(device)
     chunks = loader.chunks(pool.indices[missing], pool.seeds[missing], images_per_pass)
@@ -249,23 +255,9 @@ def choose_pool_codes(
     common = -(-len(missing) // images_per_pass) // world_size()  # chunks that all processes have
     for n_done, (part, images) in enumerate(chunks, 1):
         rows = missing[part]
-        mask_noise, seeds = pool.mask_noise(rows).to(device), pool.seeds[rows].to(device)
-        with torch.no_grad():
-            images = normalize(images)
-            prefix = fast_model.prefix(images, mask_noise, mask_ratio, predict_ratio)
-            _, chosen, best, mean = choose(
-                fast_model,
-                images,
-                mask_noise,
-                seeds,
-                codes_per_image=codes_per_image,
-                codes_per_pass=codes_per_pass,
-                rs_epsilon=rs_epsilon,
-                prefix=prefix,
-            )
-            plain = image_losses(fast_model, fast_model.suffix(prefix, None), images, prefix.mask)
-        rows = rows.to(device)
-        numbers[rows], losses[rows] = chosen, torch.stack([best, mean, plain], dim=1)
+        chunk = normalize(images), pool.mask_noise(rows).to(device), pool.seeds[rows].to(device)
+        chosen = choose_chunk_codes(fast_model, *chunk, choose, mask_ratio, predict_ratio)
+        numbers[rows.to(device)], losses[rows.to(device)] = chosen
         if n_done <= common and keeper.wants_to_save():
             progress.codes, progress.code_losses = gathered(numbers, losses)
             keeper.after_step()
@@ -279,6 +271,17 @@ def choose_pool_codes(
         "sampling/delta_wrt_no_z": best - plain,
         "sampling/codes_per_sec": len(missing) * codes_per_image / seconds,
     }
+
+
+@torch.no_grad()
+def choose_chunk_codes(model, images, mask_noise, seeds, choose, mask_ratio, predict_ratio):
+    """The numbers (N,) of one chunk's chosen codes, and three losses each (N, 3): of the chosen
+    code, averaged over codes, without code."""
+    prefix = model.prefix(images, mask_noise, mask_ratio, predict_ratio)
+    _, numbers, best, mean = choose(model, images, mask_noise, seeds, prefix=prefix)
+    plain = image_losses(model, model.suffix(prefix, None), images, prefix.mask)
+    losses = torch.stack([best, mean, plain], dim=1)
+    return numbers, torch.where(losses.isnan(), math.inf, losses)  # NaN has no maximum
 
 
 def restore_codes(progress, model, pool, codes_per_image):
@@ -397,11 +400,14 @@ def run(flags, images_tr, images_val):
     device = join_processes(flags.gpus)
     flags = from_first_process(flags)  # one uid, where each process drew its own
     start = locate_run(
-        "TrainIMLE", flags, changeable=runs.CHANGEABLE, architecture=runs.ARCHITECTURE
+        "TrainIMLE",
+        flags,
+        changeable=IO.changeable_flags(IO.training_parser()),
+        architecture=IO.architecture_flags(),
     )
     sample_dtype = choose_dtype(flags.sample_dtype, device)
     step_dtype = fastest_dtype(device) if flags.fp16 else torch.float32
-    run, stop = runs.Run(start, vars(flags)), StopSignal()
+    run, stop = runs.Run(start, vars(flags), wandb=flags.wandb), StopSignal()
     validation = make_validation(flags, run, stop, images_tr, images_val, device, sample_dtype)
     loader = Data.ImageLoader(
         images_tr,

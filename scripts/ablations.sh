@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# What matters in IMLE: many settings, each from the weights of the same MAE and for about the same time; an hour and a half on
-# 2 CPU cores. Go on after an interruption: the same command. Flags are passed on, and the settings override them;
-# ONLY="imle|mae" does only these. Flags go to IMLE and MAE alike.
+# Compares many settings of IMLE. All start from the same MAE's weights and train for about the same time; takes an hour and a
+# half on 2 CPU cores. After an interruption, the same command goes on. Flags on the command line apply to every run unless a
+# setting names them. ONLY="imle|mae" runs these two settings alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 : "${OUT:=runs/ablations}" "${SEEDS:=0 1}" "${ONLY:=.*}"
 
-# One line a setting: its name, its flags. --epochs make their times alike.
+# One line per setting: name and flags. --epochs differs so that all settings take about the same time.
 settings() {
     cat << 'END'
 mae --ignore_z 1

@@ -1,17 +1,18 @@
-"""Draws what runs reached, one line for all seeds of an arm: accuracies and validation losses over
-gradient steps and over the time spent training; and prints where they end.
+"""Compares arms (settings) over seeds: draws accuracies and validation losses over gradient steps
+and over training time, one line per arm, and prints their last values.
 
-python scripts/figure.py FOLDER --out figure.png, where runs have the uids ARM-SEED"""
+python scripts/figure.py FOLDER --out figure.png, for runs with uids of the form ARM-SEED"""
 
 from pathlib import Path
 
 import _path  # noqa: F401 (makes the modules importable)
 import numpy as np
 
+from internals.plots import saved_figure
 from internals.processes import run_command
 from internals.runs import read_config, read_metrics
 from IO import Parser
-from Utils import InputError, duration, write_atomically
+from Utils import InputError, duration
 
 PANELS = {  # title -> {key in metrics.jsonl: (style, label)}
     "linear probe, accuracy": {"fast_linear_probe/acc_te": ("-", "")},
@@ -35,23 +36,23 @@ COLUMNS = {  # heading -> (key, format)
 
 
 def arms(folder):
-    """{arm: {seed: folder}} of the runs under a folder that have the uids ARM-SEED; an InputError
-    where there is none, or two have the same."""
+    """{arm: {seed: folder}} of the runs below a folder with uids of the form ARM-SEED; an
+    InputError if there is none, or if two runs have the same uid."""
     found = {}
     for run in sorted(path.parent for path in Path(folder).rglob("metrics.jsonl")):
         arm, _, seed = read_config(run).get("uid", "").rpartition("-")
         if arm and seed.isdecimal():
             other = found.setdefault(arm, {}).setdefault(int(seed), run)
             if other != run:
-                raise InputError(f"{folder}: two runs are called {arm}-{seed}: {other}, {run}")
+                raise InputError(f"{folder}: two runs have the uid {arm}-{seed}: {other}, {run}")
     if not found:
         raise InputError(f"{folder}: no runs with a --uid of the form ARM-SEED there")
     return found
 
 
 def called(arms, words):
-    """The words ARM=NAME of a command line as {arm: name}, and the arms in their order, then the
-    others."""
+    """(names, arms): {arm: name} from words ARM=NAME, and `arms` in the order of these words, other
+    arms last."""
     if wrong := [word for word in words if "=" not in word]:
         raise InputError(f"--names {wrong[0]}: expected ARM=NAME")
     names = dict(word.split("=", 1) for word in words)
@@ -60,58 +61,58 @@ def called(arms, words):
 
 
 def check_folder(out):
-    """Refuses a picture's name whose folder is not there."""
+    """Refuses a picture in a folder that does not exist."""
     if out and not Path(out).parent.is_dir():
-        raise InputError(f"--out {out}: no folder {Path(out).parent}")
+        raise InputError(f"--out {out}: the folder {Path(out).parent} does not exist")
 
 
 def validations(run):
-    """{step: record} of a run's validations."""
+    """{gradient step: record} of a run's validations."""
     records = (r for r in read_metrics(run) if r.get("pretrain/loss_te") is not None)
     return {record["pretrain/step"]: record for record in records}
 
 
 def together(runs, key, steps):
-    """The values of a key at these steps, (runs, steps)."""
+    """Array (runs, steps) of the values of a metric at these steps."""
     return np.array([[run[step].get(key, np.nan) for step in steps] for run in runs], float)
 
 
 def draw(groups, names, path):
     """Draws {arm: [validations of each seed]} to a picture at `path`."""
-    from matplotlib.figure import Figure  # slow to import; and Figure alone opens no windows
+    with saved_figure(path, (13, 7.5), dpi=90) as figure:
+        axes = figure.subplots(2, len(PANELS), sharey="col")
+        for column, (title, keys) in enumerate(PANELS.items()):
+            axes[0, column].set_title(title, fontsize=11)
+            for row, unit in enumerate(("gradient steps", "minutes of sampling and training")):
+                axes[row, column].set_xlabel(unit)
+                axes[row, column].grid(alpha=0.3)
+                for number, runs in enumerate(groups.values()):
+                    draw_arm(axes[row, column], runs, keys, f"C{number}", over_time=row == 1)
+        lines = [axes[0, 0].plot([], [], color=f"C{n}")[0] for n in range(len(groups))]
+        n_seeds = sorted({len(runs) for runs in groups.values()})
+        caption = f"line: mean, band: range over {' to '.join(map(str, n_seeds))} seeds"
+        labels = [names.get(arm, arm) for arm in groups]
+        for style, label in PANELS["validation loss"].values():
+            lines += axes[0, 0].plot([], [], style, color="black")
+            labels.append(f"loss, {label}")
+        options = {"loc": "outside lower center", "ncols": 4, "frameon": False}
+        figure.legend(lines, labels, title=caption, **options)
 
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
-    axes = figure.subplots(2, len(PANELS), sharey="col")
-    for column, (title, keys) in enumerate(PANELS.items()):
-        axes[0, column].set_title(title, fontsize=11)
-        for row, unit in enumerate(("gradient steps", "minutes of sampling and training")):
-            panel = axes[row, column]
-            panel.set_xlabel(unit)
-            panel.grid(alpha=0.3)
-            for number, runs in enumerate(groups.values()):
-                steps = sorted(set.intersection(*map(set, runs)))
-                minutes = together(runs, "time/training_seconds", steps).mean(0) / 60
-                x = minutes if row else steps
-                for key, (style, _) in keys.items():
-                    values = together(runs, key, steps)
-                    if "loss" in key:  # the untrained network's would hide the rest
-                        values[:, np.array(steps) == 0] = np.nan
-                    look = {"color": f"C{number}"}
-                    panel.plot(x, values.mean(0), style, marker=".", **look)
-                    panel.fill_between(x, values.min(0), values.max(0), alpha=0.15, lw=0, **look)
-    lines = [axes[0, 0].plot([], [], color=f"C{n}")[0] for n in range(len(groups))]
-    n_seeds = sorted({len(runs) for runs in groups.values()})
-    shown = f"line: mean, band: range over {' to '.join(map(str, n_seeds))} seeds"
-    labels = [names.get(arm, arm) for arm in groups]
-    for style, label in PANELS["validation loss"].values():
-        lines += axes[0, 0].plot([], [], style, color="black")
-        labels.append(f"loss, {label}")
-    figure.legend(lines, labels, loc="outside lower center", ncols=4, title=shown, frameon=False)
-    write_atomically(path, lambda file: figure.savefig(file, dpi=90, format="png"))
+
+def draw_arm(axes, runs, keys, color, over_time):
+    """Draws mean and range over an arm's runs, at the steps that all of them validated at."""
+    steps = sorted(set.intersection(*map(set, runs)))
+    x = together(runs, "time/training_seconds", steps).mean(0) / 60 if over_time else steps
+    for key, (style, _) in keys.items():
+        values = together(runs, key, steps)
+        if "loss" in key:  # the untrained network's loss would stretch the axis
+            values[:, np.array(steps) == 0] = np.nan
+        axes.plot(x, values.mean(0), style, marker=".", color=color)
+        axes.fill_between(x, values.min(0), values.max(0), alpha=0.15, lw=0, color=color)
 
 
 def table(groups, names):
-    """Prints where each arm ends, mean over seeds (range)."""
+    """Prints each arm's values at its last validation: mean over seeds (range)."""
     rows = [["run", "seeds", *COLUMNS]]
     for arm, runs in groups.items():
         last = [run[max(run)] for run in runs]
@@ -141,13 +142,13 @@ def print_table(rows):
 
 
 def start(args):
-    """Draws and prints what the flags ask for."""
+    """Prints the table, and draws the picture where --out names one."""
     names, runs_of = called(arms(args.folder), args.names)
     check_folder(args.out)
     groups = {arm: [validations(run) for run in runs.values()] for arm, runs in runs_of.items()}
     groups = {arm: [run for run in runs if run] for arm, runs in groups.items() if any(runs)}
     if not groups:
-        raise InputError(f"{args.folder}: none of its runs has been validated yet")
+        raise InputError(f"{args.folder}: no run in this folder has been validated yet")
     table(groups, names)
     if args.out:
         draw(groups, names, Path(args.out))
@@ -157,11 +158,11 @@ def start(args):
 def main(argv=None):
     """Draws the figure and prints the table."""
     parser = Parser(prog="figure.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", metavar="FOLDER", help="runs with the uids ARM-SEED lie under it")
-    parser.add_argument("--out", metavar="FILE", help="the picture; default: only the table")
-    parser.add_argument(
-        "--names", nargs="+", default=[], metavar="ARM=NAME", help="how arms are called"
-    )
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="Folder with runs that have uids of the form ARM-SEED.")
+    add("--out", metavar="FILE", help="Picture to draw; default: only the table is printed.")
+    help_names = "Names that table and picture use for arms; other arms keep their own names."
+    add("--names", nargs="+", default=[], metavar="ARM=NAME", help=help_names)
     args = parser.parse_args(argv)
     run_command(lambda: start(args))
 

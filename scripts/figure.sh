@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# IMLE and MAE from scratch, with the same data, seeds, steps and evaluation, and what codes add: three quarters of an hour on
-# 2 CPU cores. Go on after an interruption: the same command. Flags are passed on to all runs, IMLE and MAE alike, and override all
-# but seeds and what tells them apart, e.g. for your data:
+# Trains IMLE and MAE from scratch with the same data, seeds, steps and evaluation, and measures the effect of codes; takes 45
+# minutes on 2 CPU cores. After an interruption, the same command goes on. Flags on the command line apply to all runs and override
+# the flags below, but not --seed, --uid, --ignore_z and --code_free_share. With your data:
 #   OUT=runs/mine bash scripts/figure.sh --data_tr DATA/train --data_val DATA/val --input_size 32
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The paper's two runs, IMLE and MAE from scratch on few images of ImageNet, over seeds, and their figure: for GPUs. Go on after an
-# interruption: the same command. Flags are passed on and override; OUT and SEEDS as in figure.sh.
+# Trains the paper's two runs, IMLE and MAE from scratch on few images of ImageNet, with several seeds on GPUs, and draws their
+# figure. After an interruption, the same command goes on. Flags on the command line override; OUT and SEEDS as in figure.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${OUT:=runs/figure_imagenet}" "${SEEDS:=0 1 2}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's IMLE run: from scratch on 32 classes of ImageNet with 64 images each, on two GPUs. More flags are passed on and override.
+# The paper's IMLE run: from scratch on 32 classes of ImageNet with 64 images each, on two GPUs. Further flags override.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${IMAGENET_TRAIN:=data/imagenet/train}" "${IMAGENET_VAL:=data/imagenet/val}"

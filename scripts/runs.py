@@ -1,5 +1,6 @@
-"""Lists runs with their state and what they reached last, and draws them together: python
-scripts/runs.py FOLDER [FOLDER ...] [--plot FILE], folders of runs or that hold some."""
+"""Lists runs: state, last value of each metric, time; and draws their curves in one picture.
+
+python scripts/runs.py FOLDER [FOLDER ...] [--plot FILE]"""
 
 import math
 import os
@@ -7,12 +8,12 @@ from pathlib import Path
 
 import _path  # noqa: F401 (makes the modules importable)
 
-from internals.plots import draw_curves
+from internals.plots import draw_curves, other_metrics
 from internals.runs import is_running, read_config, read_metrics
 from IO import Parser
 from Utils import duration
 
-COLUMNS = {  # heading -> (key in metrics.jsonl, format)
+COLUMNS = {  # heading -> (key in metrics.jsonl, format); other metrics follow under their keys
     "steps": ("pretrain/step", "{:d}"),
     "training": ("pretrain/loss_tr", "{:.4f}"),
     "loss, mean": ("pretrain/loss_te", "{:.4f}"),
@@ -24,17 +25,17 @@ COLUMNS = {  # heading -> (key in metrics.jsonl, format)
 }
 
 
-def row(run, records):
-    """The cells of a run's row: its state, of each column the value recorded last, its time."""
+def row(run, records, columns):
+    """The cells of a run's row: its state, the last value in each column, its time."""
     cells = [state(run, records)]
-    for key, form in COLUMNS.values():
+    for key, form in columns.values():
         values = [record[key] for record in records if record.get(key) is not None]
         cells.append(form.format(values[-1]) if values else "-")
     return [*cells, duration(sum(record.get("time/epoch_seconds", 0) for record in records))]
 
 
 def state(run, records):
-    """running, done, or stopped: it can go on."""
+    """running, done, or stopped; a stopped run can go on."""
     if is_running(run):
         return "running"
     epochs_done = sum("pretrain/loss_tr" in record for record in records)
@@ -42,7 +43,7 @@ def state(run, records):
 
 
 def short_names(runs):
-    """Names of runs without what they share in front."""
+    """Names of runs without the words at the start that all names share."""
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         return list(map(str, runs))
@@ -51,10 +52,10 @@ def short_names(runs):
 
 
 def main(argv=None):
-    """Prints the table, draws the picture; loss and spread are of validation images, over codes."""
-    parser = Parser(prog="runs.py", description=__doc__)
-    parser.add_argument("folders", nargs="+", metavar="FOLDER")
-    parser.add_argument("--plot", metavar="FILE", help="a .png with the curves of all these runs")
+    """Prints the table and draws the picture."""
+    parser = Parser(prog="runs.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="Run, or folder with runs.")
+    parser.add_argument("--plot", metavar="FILE", help="Picture (.png) of the curves of all runs.")
     args = parser.parse_args(argv)
     runs = sorted(
         {path.parent for folder in args.folders for path in Path(folder).rglob("metrics.jsonl")},
@@ -63,10 +64,12 @@ def main(argv=None):
     if not runs:
         parser.error(f"no run in {' '.join(args.folders)}")
     records = [read_metrics(run) for run in runs]
-    rows = [["state", *COLUMNS, "time"], *map(row, runs, records)]
+    others = other_metrics([record for some in records for record in some])
+    columns = COLUMNS | {key: (key, "{:.4g}") for key in others}
+    rows = [["state", *columns, "time"]]
+    rows += [row(run, some, columns) for run, some in zip(runs, records, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    names = ["run", *(run.name for run in runs)]
-    for name, cells in zip(names, rows, strict=True):
+    for name, cells in zip(["run", *(run.name for run in runs)], rows, strict=True):
         print("  ".join(map(str.rjust, cells, widths)), "", name)
     if args.plot:
         draw_curves(dict(zip(short_names(runs), records, strict=True)), args.plot)

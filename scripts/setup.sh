@@ -1,4 +1,4 @@
-# Makes ready to run, for the scripts beside it: the environment that is active, or else .venv, with requirements.txt.
+# Sourced by other scripts: installs requirements.txt into the active environment, or into .venv if none is active.
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
     [ -x .venv/bin/python ] || python3 -m venv .venv
     . .venv/bin/activate

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The batch script of scripts/slurm_submit.py, which fills in what stands in double braces. Edit it for your cluster.
+# Template of a batch script: scripts/slurm_submit.py replaces the words in double braces. Edit the rest for your cluster.
 #SBATCH --job-name={{JOB_NAME}}
 #SBATCH --time={{TIME}}
 #SBATCH --nodes={{NODES}}
@@ -11,14 +11,14 @@
 #SBATCH --signal=USR2@{{STOP_BEFORE}}
 {{MORE_OPTIONS}}
 
-# Modules, proxies, settings of NCCL and the like belong here.
+# Add modules, proxies or settings of NCCL here.
 export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
 
-chunks={{CHUNKS}} # runs of this job, at most; the first has no SLURM_RESTART_COUNT
-data=({{DATA}}) # to be copied to node-local storage: folders and files
+chunks={{CHUNKS}} # largest number of times this job runs; the first time has no SLURM_RESTART_COUNT
+data=({{DATA}}) # folders and files to copy to node-local storage
 staged={{STAGED}}
 
-train() { # one task per GPU; where one fails, all end
+train() { # one task per GPU; if one fails, all end
     srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 \
         {{TRAINING}}
 }
@@ -27,24 +27,24 @@ each_node() { # runs a command once on every node
     srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "$@"
 }
 
-stage() { # copies the data below $staged, into the same tree
+stage() { # copies the data into the folder $staged, with full paths
     [ ${#data[@]} = 0 ] || each_node bash -c \
         'rm -rf "$0" && mkdir -p "$0" && cp -rL --parents "$@" "$0"' "$staged" "${data[@]}"
 }
 
-unstage() { # after scancel a job has no more steps: then at least here
+unstage() { # after scancel srun fails: then deletes the copies on this node only
     [ ${#data[@]} = 0 ] || each_node rm -rf "$staged" 2>/dev/null || rm -rf "$staged"
 }
 
-# SLURM sends SIGUSR2 before the time limit and SIGTERM on pre-emption to the tasks, which save and end. A SIGTERM may
-# reach this script, too, which has yet to see how they ended.
+# The tasks save and end when SLURM sends SIGUSR2 (before the time limit) or SIGTERM (pre-emption). This script ignores a SIGTERM
+# of its own, as it must still see how the tasks ended.
 trap : TERM
 stage && train
 status=$?
 unstage
 
-# Was the run cut short? Then it has saved and ended well (0), or it was too young to know SIGUSR2 (140) or, pre-empted,
-# SIGTERM (143). Whatever else went wrong would go wrong again.
+# A run that was stopped ends with status 0 after saving; or, in its first seconds, when it does not handle signals yet, with 140
+# (SIGUSR2) or 143 (SIGTERM). Any other status is an error that a new attempt would only repeat.
 job=$(scontrol show job "$SLURM_JOB_ID")
 log=$(sed -n 's/^ *StdOut=//p' <<<"$job")
 grep -q '^done: ' "$log" && exit 0
@@ -54,10 +54,10 @@ case $status in
     *) exit "$status" ;;
 esac
 
-# A job that scancel ended, or that SLURM requeues itself, is no longer running.
+# Requeue only a running job: not one that scancel ended, nor one that SLURM requeues itself.
 [[ $job =~ JobState=RUNNING|Reason=TimeLimit ]] || exit "$status"
 if [ $((${SLURM_RESTART_COUNT:-0} + 1)) -lt "$chunks" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 else
-    echo "all $chunks chunks are over; to go on, submit the same with --uid {{UID}} behind the --"
+    echo "all $chunks chunks are over; to go on, submit the same command with --uid {{UID}} after the --"
 fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks the code: bash scripts/test.sh [--all] [more arguments for pytest]. --all adds the slow tests.
+# Lints and tests the code: bash scripts/test.sh [--all] [arguments for pytest]. --all also runs the slow tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh

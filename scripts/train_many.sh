@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains many runs, JOBS at a time, each on its share of the cores: bash scripts/train_many.sh FLAGS < LINES, where a line is
-# further flags of one run and ends with `--uid NAME`. The same command again goes on where each run stood. On GPUs: JOBS=1,
-# and --gpus 0 for networks as small as vit_demo, else each run takes all.
+# Trains many runs, JOBS at a time, with equal shares of the CPU cores: bash scripts/train_many.sh FLAGS < LINES. Each line holds
+# further flags of one run and ends with `--uid NAME`. The same command again goes on with each run. On GPUs use JOBS=1; each run
+# takes all GPUs unless --gpus names some (networks as small as vit_demo need only one: --gpus 0).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${JOBS:=2}"

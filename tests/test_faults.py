@@ -28,6 +28,7 @@ from conftest import (
     step_options,
 )
 
+import Data
 import IO
 import TrainIMLE
 import Utils
@@ -128,6 +129,39 @@ def test_a_stop_signal__saves_and_exits_0_or_130_for_SIGINT_and_goes_on_to_the_b
     assert_same_run(tiny_run, goes_on(tmp_path))
 
 
+def test_a_stop_inside_sampling__the_chunks_that_are_done_are_not_sampled_again(tiny_run, tmp_path):
+    stop = "lambda: os.kill(os.getpid(), signal.SIGTERM)"
+    fault = f"{NTH_CALL}\nnth_call(TrainIMLE, 'choose_codes', 5, {stop})"  # of 3 chunks an epoch
+    done = faulty(fault, *RUN, "--save_folder", tmp_path, check=True)
+    assert "stopped after step 4" in done.stdout
+    codes = final_state(run_folder(tmp_path))["progress"]["codes"]
+    assert (codes >= 0).sum() == 32 and (codes == -1).sum() == 8
+    fault = f"{NTH_CALL}\nnth_call(TrainIMLE, 'choose_codes', 2, {stop})"  # one chunk is left
+    done = faulty(fault, *RUN, "--save_folder", tmp_path, check=True)
+    assert "going on after step 4" in done.stdout and "done: " in done.stdout
+    assert_same_run(tiny_run, run_folder(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_stop_inside_sampling_of_two_processes__all_save_the_chunks_that_are_done(
+    tiny_run, tmp_path
+):
+    fault = f"{NTH_CALL}\nif os.environ.get('RANK') == '1':\n"
+    fault += "    nth_call(TrainIMLE, 'choose_codes', 2, lambda: os.kill(os.getpid(), 15))\n"
+    script = tmp_path / "faulty.py"
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport TrainIMLE\n{fault}\n"
+        "if __name__ == '__main__':\n    TrainIMLE.main(sys.argv[1:])\n"
+    )
+    flags = [*RUN, "--code_bs", 4, "--save_folder", tmp_path]
+    torchrun = ["torchrun", "--standalone", "--nproc_per_node", 2, script, *flags]
+    done = command(*torchrun[1:], program=torchrun[:1])
+    assert "stopped after step 0" in done.stdout
+    codes = final_state(run_folder(tmp_path))["progress"]["codes"]
+    assert (codes >= 0).sum() == 16  # two chunks of each process
+    assert_same_run(tiny_run, goes_on(tmp_path, "--code_bs", 4), tolerance=1e-5)
+
+
 @pytest.mark.parametrize(
     "place, step",
     [
@@ -135,7 +169,9 @@ def test_a_stop_signal__saves_and_exits_0_or_130_for_SIGINT_and_goes_on_to_the_b
         pytest.param("Validation, 'evaluate', 10", 4, marks=pytest.mark.slow),  # six a validation
         pytest.param("LinearProbe, 'nearest_neighbors', 4", 4, marks=pytest.mark.slow),
         pytest.param("runs, 'draw_curves', 2", 3, marks=pytest.mark.slow),
-        pytest.param("checkpoints, 'save_checkpoint', 3", 4, marks=pytest.mark.slow),
+        pytest.param(
+            "checkpoints, 'save_checkpoint', 6", 4, marks=pytest.mark.slow
+        ),  # 3 in sampling
     ],
 )
 def test_a_stop_inside_sampling_validation_or_a_save__goes_on_to_the_bit(
@@ -518,6 +554,32 @@ def test_another_architecture__is_refused_with_the_difference_even_by_force(copi
         done = command(*flags, check=False)
         assert done.returncode == 2 and "--latent_dim was 8, is 9" in done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+def as_version_0_1_saved(content, model):
+    """A checkpoint's content as version 0.1.0 saved it: the codes themselves, lists of losses."""
+    progress, n = dict(content["progress"]), content["progress"]["epoch_step"]
+    totals, counts = progress.pop("totals"), progress.pop("counts")
+    for name in ("epoch_step", "code_losses"):
+        del progress[name]
+    pool = Data.draw_pool(
+        Data.open_images(ROOT / TINY[1]), 40, progress["epoch"], n_patches=49, seed=0
+    )
+    progress["codes"] = model.numbered_codes(pool.seeds, progress["codes"][:, None])[:, 0]
+    progress["sampled"] = progress.pop("epoch_metrics")
+    progress["losses"] = [totals["pretrain/loss_tr"], *[0.0] * (n - 1)]
+    progress["norms"] = [totals["pretrain/grad_norm"], *[0.0] * (n - 1)]
+    assert counts["pretrain/grad_norm"] == n
+    return {**content, "progress": progress}
+
+
+def test_a_checkpoint_of_version_0_1__goes_on_inside_its_epoch_to_the_bit(tiny_run, tmp_path):
+    assert stopped_run(tmp_path, "step 2:", signal.SIGTERM) == 0
+    path = final_path(run_folder(tmp_path))
+    content = final_state(run_folder(tmp_path))
+    assert 0 < content["progress"]["epoch_step"] < 4
+    checkpoints.save_checkpoint(path, as_version_0_1_saved(content, IO.load_model(path)))
+    assert_same_run(tiny_run, goes_on(tmp_path))
 
 
 def test_other_training_flags__are_shown_and_need_force_resume(copied):

@@ -13,7 +13,9 @@ import torch
 
 import IO
 import Models
+from internals import runs
 from internals.checkpoints import RUN_PARTS
+from Utils import InputError
 
 ROOT = Path(IO.__file__).parent
 DATA = "--data_tr tr --data_val val"
@@ -335,7 +337,7 @@ def test_every_flag_is_read_somewhere():
     in_models = {field.name for field in dataclasses.fields(Models.ModelConfig)}
     for parser in IO.training_parser(), IO.probe_parser():
         for name in (action.dest for action in declared(parser)):
-            read = rf"\b(flags|args)(\.{name}\b|\[\"{name}\"\])(?! = )"
+            read = rf"\b(flags|args|new)(\.{name}\b|\[\"{name}\"\])(?! = )"
             assert name in in_models or re.search(read, sources), f"nothing reads --{name}"
 
 
@@ -359,3 +361,62 @@ def test_help_lists_every_flag_with_its_default(capsys, program, parser):
             assert stated in entry or re.search(r"default: \w+", action.help), entry
         assert len(entry.split("default")) <= 2, entry
         assert action.help and not action.help.startswith("%")
+
+
+def test_each_help_text_is_whole_sentences():
+    for parser in IO.training_parser(), IO.probe_parser():
+        for action in declared(parser):
+            text = action.help
+            assert re.match("[A-Z01]", text) and text.endswith((".", ")")), text
+            assert len(text.split()) > 3, text
+            assert not re.match("(Its?|Of|In|The same|Likewise|With)\\b", text), text
+            assert "likewise" not in text and "AdamW's." not in text, text
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+def test_a_flag_says_itself_whether_it_may_change_when_a_run_goes_on():
+    parser = IO.training_parser()
+    changeable = IO.changeable_flags(parser)
+    assert {"gpus", "sp", "val_n_way", "data_val", "uid"} <= changeable
+    assert not changeable & {"lr", "ns", "seed", "epochs", "data_tr", "use_augs", "finetune"}
+    parser.group("a group of measurements", changeable=True)("--bins", default=1)
+    parser.group("another group")("--width", default=1)
+    assert IO.changeable_flags(parser) == changeable | {"bins"}
+
+
+def test_the_probe_goes_on_with_another_value_of_flags_that_do_not_change_its_result():
+    changeable = IO.changeable_flags(IO.probe_parser())
+    assert {"gpus", "save_minutes", "keep_gb", "num_workers", "probe_lr"} <= changeable
+    assert not changeable & {"data_val", "lrs", "global_pool", "sample_dtype", "skip_bad_images"}
+
+
+def test_each_field_of_the_model_s_config_is_a_flag_that_can_never_change():
+    flags = IO.architecture_flags()
+    assert {"arch", "input_size", "ignore_z", "latent_dim", "decoder", "norm_pix_loss"} <= flags
+    assert not flags & IO.changeable_flags(IO.training_parser())
+    more = dataclasses.make_dataclass(
+        "More", [("gates", int, 0)], bases=(Models.ModelConfig,), frozen=True
+    )
+    assert IO.architecture_flags(more) == flags | {"gates"}
+
+
+RULES = {"changeable": {"gpus", "uid"}, "architecture": {"arch"}}
+OLD = {"uid": "u", "gpus": 1, "arch": "a", "lr": 1.0, "epochs": 4, "scheduler": "constant"}
+DECAY = {"scheduler": "linear_ramp_cosine_decay"}
+
+
+def test_changes_of_flags_are_allowed__forced_or_refused_by_their_kind(capsys):
+    def check(old=OLD, force=False, **changes):
+        return runs.check_changes({**old, **changes, "force_resume": force}, old, **RULES)
+
+    assert not check() and not check(gpus=2) and not check(newer=1) and not check(epochs=5)
+    for changes in ({"lr": 2.0}, {"old": {**OLD, **DECAY}, "epochs": 5}):
+        with pytest.raises(InputError, match="--(lr|epochs) was .*--force_resume 1"):
+            check(**changes)
+        assert check(force=True, **changes)
+    for force in (False, True):
+        with pytest.raises(InputError, match="another model.*--arch was a, is b"):
+            check(force=force, arch="b")
+    assert capsys.readouterr().out.count("warning: going on with other flags") == 2

@@ -88,7 +88,7 @@ def test_words_of_the_training_reach_it_as_they_are(capsys):
         ("--time 1 CPU -- TRAINING --resume x.pt", "--resume"),
         ("--time 1 CPU -- TRAINING --epoch 3", "did you mean --epochs"),
         ("--time 1 CPU -- TRAINING --mask_ratio 1", "--mask_ratio"),
-        ("--time 1 CPU --nodes 13 -- TRAINING", "--mini_bs 12: allowed is at least one image"),
+        ("--time 1 CPU --nodes 13 -- TRAINING", "--mini_bs 12: each of the 13 processes needs"),
         ("--time 1 CPU --stage -- TRAINING --data_val /no/where", "--stage: /no/where"),
         ("--time 1 CPU -- TRAINING", "--dry_run"),  # without SLURM
     ],
@@ -196,7 +196,8 @@ def test_what_was_staged_is_read_and_the_run_is_still_named_by_the_original(tmp_
     command(*flags, "--staged", tmp_path / "node")
     assert run_folder(tmp_path).name.startswith("TrainIMLE-data_mnist_val-")
     elsewhere = IO.parse_flags(list(map(str, [*flags, "--staged", "/elsewhere"])))
-    *_, checkpoint = runs.locate_run("TrainIMLE", elsewhere)
+    rules = {"changeable": IO.changeable_flags(IO.training_parser()), "architecture": set()}
+    checkpoint = runs.locate_run("TrainIMLE", elsewhere, **rules).checkpoint
     assert checkpoint["args"]["staged"] == str(tmp_path / "node")
 
 
@@ -349,7 +350,7 @@ def test_a_job_that_is_cancelled_stays_so_and_its_run_goes_on_by_uid(cluster, tm
     assert cluster.await_state(second, "COMPLETED")["Restarts"] == "0"
     log = (tmp_path / f"slurm-{second}.out").read_text()
     assert f"going on after step {step}" in log
-    assert f"all 1 chunks are over; to go on, submit the same with --uid {job}" in log
+    assert f"all 1 chunks are over; to go on, submit the same command with --uid {job}" in log
     assert monotone(run_folder(tmp_path))
 
 

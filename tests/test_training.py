@@ -317,6 +317,59 @@ def test_a_run_leaves_what_the_readme_says(tiny_run):
     assert IO.load_model(tiny_run / "checkpoints/step_00000008.pt").code_dim == 8
 
 
+def test_a_tiny_run_has_the_numbers_that_version_0_1_0_had(tiny_run):
+    recorded = (ROOT / "tests/golden/tiny_run.jsonl").read_text().splitlines()
+    for line, now in zip(map(json.loads, recorded), metrics(tiny_run), strict=True):
+        for key, value in line.items():
+            # A probe counts images: on another processor one of 150 may fall to another class.
+            tolerance = 0.02 if key.startswith("fast_linear_probe") else 1e-5
+            assert now[key] == pytest.approx(value, rel=1e-5, abs=tolerance), key
+
+
+LARGE_POOL = """
+import os, resource, signal, sys, time
+sys.path.insert(0, {root!r})
+import Data, TrainIMLE
+draw_pool, train_step, times = Data.draw_pool, TrainIMLE.train_step, []
+def timed_pool(*args, **options):
+    times.append(time.perf_counter())
+    return draw_pool(*args, **options)
+def timed_step(*args, **options):
+    times.append(time.perf_counter())
+    if len(times) == 5:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"measured {{memory}} {{times[1] - times[0]}}", flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return train_step(*args, **options)
+Data.draw_pool, TrainIMLE.train_step = timed_pool, timed_step
+if __name__ == "__main__":
+    TrainIMLE.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_pool_of_200_000_images_needs_no_more_memory_and_starts_as_soon_as_one_of_2_000(
+    tmp_path, processes
+):
+    script = tmp_path / "measured.py"
+    script.write_text(LARGE_POOL.format(root=str(ROOT)))
+    flags = (
+        f"--ignore_z 1 --arch vit_tiny --input_size 112 --steps_per_eval 0 --save_folder {tmp_path}"
+    )
+    program = ["torchrun", "--standalone", "--nproc_per_node", str(processes), str(script)]
+    measured = {}
+    for size in (2000, 200_000):
+        pool = ["--ex_per_epoch", size, "--ipe", -(-size // 12), "--num_workers", 1]
+        done = command(*TINY, *flags.split(), *pool, "--uid", size, program=program)
+        lines = [x.split()[1:] for x in done.stdout.splitlines() if x.startswith("measured")]
+        assert len(lines) == processes
+        measured[size] = [max(map(float, column)) for column in zip(*lines, strict=True)]
+    (memory, seconds), (large_memory, large_seconds) = measured.values()
+    assert large_memory < memory + 200  # MB
+    assert large_seconds < seconds + 2  # this machine may be busy
+
+
 def test_evaluating_and_probing_more_often_changes_nothing(tiny_run, tmp_path):
     options = ["--steps_per_eval", 1, "--num_workers", 2, "--get_mae_baseline", 0]
     command(*TINY, *options, "--uid", "often", "--save_folder", tmp_path)

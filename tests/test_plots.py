@@ -1,0 +1,82 @@
+"""Curves, the picture of a probe, and the list of runs."""
+
+import json
+import re
+import sys
+
+import pytest
+from conftest import command
+from matplotlib.figure import Figure
+from PIL import Image
+
+from internals import plots
+
+NAME = r"a$\frac_b$"  # no formula
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """The texts of each figure that is saved, by its number."""
+    saved = []
+
+    def savefig(figure, *args, **options):
+        saved.append([text.get_text() for text in figure.findobj(lambda x: hasattr(x, "get_text"))])
+        return save(figure, *args, **options)
+
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return saved
+
+
+def records(*metrics):
+    """Records of three steps with these metrics."""
+    return [{"pretrain/step": step, **dict.fromkeys(metrics, 0.1 * step)} for step in (0, 5, 9)]
+
+
+@pytest.mark.parametrize("n_runs", [1, 3])
+@pytest.mark.parametrize("n_panels", [0, 1, 5, 13])
+def test_curves_have_any_number_of_panels_lines_and_runs(
+    monkeypatch, tmp_path, texts, n_runs, n_panels
+):
+    curves = {
+        f"panel {i}": {f"m/{i}/{j}": f"line {i}.{j}" for j in range(i + 1)} for i in range(n_panels)
+    }
+    monkeypatch.setattr(plots, "CURVES", curves)
+    metrics = [key for keys in curves.values() for key in keys]
+    runs = {f"{NAME}{i}": records(*metrics) for i in range(n_runs)}
+    plots.draw_curves(runs, tmp_path / "curves.png", title=NAME * 30)
+    assert Image.open(tmp_path / "curves.png").size[0] > 500
+    (found,) = texts
+    assert set(curves) <= set(found) and ("nothing recorded yet" in found) == (not n_panels)
+    lines = {label for keys in curves.values() for label in keys.values()}
+    assert lines - {"line 0.0"} <= set(found)
+    assert n_runs == 1 or set(runs) <= set(found)
+
+
+def test_a_metric_that_is_new_is_drawn_in_a_panel_of_its_own_and_listed(tmp_path, texts):
+    known = records(
+        "epoch", "time/validation_seconds", "pretrain/loss_te", "pretrain/loss_baseline"
+    )
+    values = {"mine/fid": 12.5, "mine/bad": None, "images/x": "images/x.png", "mine/text": "new"}
+    content = [*known, {"pretrain/step": 9, **values}]
+    assert plots.other_metrics(content) == ["mine/fid"]
+    plots.draw_curves({"run": content}, tmp_path / "curves.png")
+    (found,) = texts
+    assert {"reconstruction loss", "mine/fid"} <= set(found)
+    assert not any(re.match("mine/[bt]|time|epoch|images|.*baseline", text) for text in found)
+    lines = "".join(json.dumps(record) + "\n" for record in content)
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    done = command(tmp_path, program=(sys.executable, "scripts/runs.py"))
+    heading, row = done.stdout.splitlines()
+    assert "mine/fid" in heading.split() and "12.5" in row.split()
+
+
+def test_class_names_and_titles_are_drawn_as_they_are(tmp_path, texts):
+    heads = [{"pool": "cls", "lr": 0.1, "wd": 0.0}, {"pool": "mean", "lr": 1.0, "wd": 0.0}]
+    result = {"heads": heads, "best": 1, "model": NAME, "top1": 0.5}
+    history = [{"top1": [0.1, 0.2], "top5": [0.5, 0.6]}] * 2
+    confusion = [NAME, "_b"], [NAME, "_b", "c"], [[0.5, 0.5, 0.0], [0.0, 0.8, 0.2]]
+    plots.draw_probe(tmp_path / "probe.png", result, history, confusion)
+    assert Image.open(tmp_path / "probe.png").size[0] > 500
+    (found,) = texts
+    assert {NAME, "_b", "c", f"{NAME}: top-1 50.00%"} <= set(found)
