@@ -78,9 +78,8 @@ class Images(Dataset):
         return range(self.starts[target], self.starts[target + 1])
 
     def name(self, index):
-        """Where an image is, for messages: one printable line."""
-        text = f"{self.path}/{self.entry(range(len(self))[index])}"
-        return text.encode(errors="backslashreplace").decode().replace("\n", "\\n")
+        """Where an image is, for messages: one line."""
+        return printable(f"{self.path}/{self.entry(range(len(self))[index])}")
 
     def load(self, index):
         """An image as Pillow's RGB, or as uint8 (3, H, W) from torchcodec. An ImageError that names
@@ -91,6 +90,11 @@ class Images(Dataset):
         except Exception as error:  # decoders raise anything for damaged bytes
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ImageError(f"cannot read the image {self.name(index)}: {reason}") from None
+
+
+def printable(text):
+    """Text on one line, with escapes for file names that are not valid Unicode."""
+    return text.encode(errors="backslashreplace").decode().replace("\n", "\\n")
 
 
 def check_classes(path, class_folders, classes):
@@ -281,7 +285,8 @@ class TarImages(Images):
     def find(self):
         self.index = self.find_index()
         if len(self.index.classes) == 1:
-            say(f"note: all images of {self.path} are of one class, {ascii(self.index.classes[0])}")
+            only = printable(self.index.classes[0])
+            say(f"note: all images of {self.path} are of one class, {only}")
         return self.index.classes, self.index.counts
 
     def find_index(self):
@@ -345,23 +350,23 @@ def cache_folder(path):
 
 # -------------------------------------------------------------------------------------------------
 
-LMDB_READS = 16  # after these many reads the file is opened anew: mapped pages count as memory
+LMDB_READS = 16  # then the file is opened anew: pages that were read count as process memory
 
 
 class OpenLmdb:
-    """An LMDB file that is open for reading, without locks. A process may open a file once only."""
+    """An LMDB that each process opens for itself, without locks. identity: see `identify`."""
 
     def __init__(self, *identity):
-        self.identity = identity  # see `identify`
-        self.environment, self.process, self.reads = None, None, 0
+        self.identity, self.environment, self.process, self.reads = identity, None, None, 0
 
     @contextlib.contextmanager
     def transaction(self, path):
-        """A transaction, whose `get` gives memoryviews that are valid inside only."""
+        """A transaction, whose `get` returns memoryviews that are valid only inside."""
         if self.process != os.getpid() or self.reads >= LMDB_READS:
             if self.environment is not None:
                 self.environment.close()
-            self.environment = self.open(path)
+            self.environment = None
+            self.environment = open_environment(path, self.identity)
             self.process, self.reads = os.getpid(), 0
         self.reads += 1
         try:
@@ -370,42 +375,32 @@ class OpenLmdb:
         except lmdb.Error as error:
             raise InputError(f"{path} is damaged: {error}") from None
 
-    def open(self, path):
-        """The lmdb.Environment; an InputError where the file is none, is cut or was replaced."""
-        self.environment = None
-        try:
-            environment = lmdb.open(
-                path,
-                subdir=os.path.isdir(path),
-                readonly=True,
-                lock=False,
-                readahead=False,
-                max_readers=1,
-            )
-            size = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-        except lmdb.Error as error:
-            raise InputError(f"{path} is no LMDB that can be read: {error}") from None
-        if os.path.getsize(lmdb_data(path)) < size:
-            environment.close()  # reading the missing pages would kill the process
-            raise InputError(f"{path} is cut: it should have {size} bytes")
-        if identify(path) != self.identity:
-            environment.close()
-            raise InputError(f"{path} was replaced since it was opened")
-        return environment
+
+open_lmdb = functools.cache(OpenLmdb)  # a process may open a file once only
 
 
-open_lmdb = functools.cache(OpenLmdb)
-
-
-def lmdb_data(path):
-    """The file with an LMDB's content."""
-    return f"{path}/data.mdb" if os.path.isdir(path) else path
+def open_environment(path, identity):
+    """An lmdb.Environment. An InputError where the file is no LMDB, is cut or was replaced."""
+    try:
+        environment = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False)
+        size = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    except lmdb.Error as error:
+        raise InputError(f"{path} is no LMDB that can be read: {error}") from None
+    refusal = None
+    if os.path.getsize(path) < size:  # reading a missing page would kill the process
+        refusal = f"is cut: it should have {size} bytes"
+    elif identify(path) != identity:
+        refusal = "was replaced since it was opened"
+    if refusal:
+        environment.close()
+        raise InputError(f"{path} {refusal}")
+    return environment
 
 
 def identify(path):
-    """What tells an LMDB from others: (device, inode, time of the last change)."""
-    stat = os.stat(lmdb_data(path))
-    return stat.st_dev, stat.st_ino, stat.st_mtime_ns
+    """(device, inode) of a file: other files have another pair."""
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
 
 
 def lmdb_key(number):
@@ -414,8 +409,8 @@ def lmdb_key(number):
 
 
 class LmdbImages(Images):
-    """An LMDB that scripts/pack.py made: a key for each image; b"head", JSON with the classes and
-    counts; b"names" and b"starts", arrays as in Index."""
+    """An LMDB that scripts/pack.py made. Besides the images: b"head", JSON with the classes and
+    their numbers of images; b"names" and b"starts", as in Index; b"sizes", int64 of each image."""
 
     def find(self):
         self.identity = identify(self.path)
@@ -425,30 +420,38 @@ class LmdbImages(Images):
                 return head["classes"], head["counts"]
             except (ValueError, LookupError, TypeError):
                 raise InputError(
-                    f"{self.path} was not made by scripts/pack.py, or by version 0.1.0 of it, "
+                    f"{self.path} was not made by scripts/pack.py, or by its version 0.1.0, "
                     "or is damaged: pack the images again"
                 ) from None
 
     def transaction(self):
         return open_lmdb(*self.identity).transaction(self.path)
 
+    def value(self, transaction, key):
+        """The value of a key, as a memoryview."""
+        value = transaction.get(key)
+        if value is None:
+            raise InputError(f"{self.path} is damaged: it lacks the key {key}")
+        return value
+
     def entry(self, index):
         with self.transaction() as transaction:
-            names, starts = transaction.get(b"names"), transaction.get(b"starts")
-            return entry_at(names, np.frombuffer(starts, np.int64), index)
+            starts = np.frombuffer(self.value(transaction, b"starts"), np.int64)
+            return entry_at(self.value(transaction, b"names"), starts, index)
 
     def read(self, index):
         with self.transaction() as transaction:
-            content = transaction.get(lmdb_key(index))
-            if content is None:
-                raise InputError("the LMDB is damaged: the image is missing")
+            content = self.value(transaction, lmdb_key(index))
+            sizes = np.frombuffer(self.value(transaction, b"sizes"), np.int64)
+            if len(content) != sizes[index]:  # a damaged size may lead out of the file
+                raise InputError(f"{self.path} is damaged")
             return bytes(content)
 
 
 # To add a data format, write a subclass of Images and add a line: which paths are of the format,
 # and the class. The first line that fits a path is used.
 FORMATS = [
-    (lambda path: path.suffix.lower() == ".lmdb", LmdbImages),
+    (lambda path: path.suffix.lower() == ".lmdb" and not path.is_dir(), LmdbImages),
     (lambda path: path.is_dir(), FolderImages),
     (lambda path: path.suffix.lower() == ".tar", TarImages),
 ]

@@ -157,13 +157,14 @@ def write_tar(path, images, items):
 def write_lmdb(path, images, items):
     """Writes an LMDB of items (entry, content), as LmdbImages reads it. Returns a checksum of each
     item."""
-    checksums, names, starts = array("Q"), bytearray(), array("q", [0])
+    checksums, names, starts, sizes = array("Q"), bytearray(), array("q", [0]), array("q")
     waiting, size = [], 0  # what is to be written next
     with lmdb.open(str(path), subdir=False, lock=False, sync=False, map_size=2**28) as environment:
         for number, (entry, content) in enumerate(items):
             checksums.append(checksum(entry, content))
             names += entry
             starts.append(len(names))
+            sizes.append(len(content))
             waiting.append((lmdb_key(number), content))
             size += len(content) + 100  # a hundred bytes for the objects themselves
             if size > TRANSACTION:
@@ -171,8 +172,11 @@ def write_lmdb(path, images, items):
                 waiting, size = [], 0
         counts = np.diff(images.starts).tolist()
         head = json.dumps({"classes": images.classes, "counts": counts}).encode()
-        put(environment, [*waiting, (b"head", head), (b"names", names), (b"starts", starts)])
+        arrays = [(b"names", names), (b"sizes", sizes), (b"starts", starts)]
+        put(environment, [*waiting, (b"head", head), *arrays])
         environment.sync(True)
+    # A reader of a damaged page may look up to 64 KB behind it. Behind the file it would crash.
+    os.truncate(path, os.path.getsize(path) + 2**17)
     return checksums
 
 

@@ -85,7 +85,11 @@ class Named(stores.Images):
     """Images that exist by name only: `counts` of each class."""
 
     def __init__(self, *counts):
-        super().__init__("nowhere", [f"class{i:03}" for i in range(len(counts))], counts)
+        self.counts = counts
+        super().__init__("nowhere")
+
+    def find(self):
+        return [f"class{i:03}" for i in range(len(self.counts))], self.counts
 
     def entry(self, index):
         return f"{self.classes[self.target(index)]}/{index}.png"
