@@ -30,18 +30,18 @@ class Images(Dataset):
     """Encoded images in classes, in ImageFolder's order: by class, folder and file name. Items are
     (image, target).
 
-    Each data format is a subclass with three methods: find, read and entry."""
+    Each data format is a subclass with two methods: find and read."""
 
     def __init__(self, path, *, transform=None, image_decoder="pillow", skip_bad=False):
         self.path, self.transform, self.skip_bad = str(path), transform, skip_bad
         self.decode = IMAGE_DECODERS[image_decoder]
-        self.classes, counts = self.find()
+        self.index = self.find()
+        self.classes = self.index.classes
         self.class_to_idx = {name: i for i, name in enumerate(self.classes)}
-        self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])  # of each class
+        self.starts = np.concatenate([[0], np.cumsum(self.index.counts)])  # of each class
 
     def find(self):
-        """Opens the store. Returns the sorted names of the classes and the number of images in
-        each."""
+        """Opens the store: the Index of its images. Called once, before `read`."""
         raise NotImplementedError
 
     def read(self, index):
@@ -50,7 +50,7 @@ class Images(Dataset):
 
     def entry(self, index):
         """An image's path below the root, CLASS/.../IMAGE: the same in every store."""
-        raise NotImplementedError
+        return self.index.entry(index)
 
     def __len__(self):
         return int(self.starts[-1])
@@ -98,38 +98,33 @@ def printable(text):
 
 
 def check_classes(path, class_folders, classes):
-    """Refuses a store without class folders, or with a class folder that holds no image, as
-    ImageFolder does. classes: the names of the class folders that hold images."""
-    if not class_folders:
-        raise InputError(f"{path} has no class folders: expected {path}/class/image")
+    """Refuses a store without images, or with a class folder that holds none, as ImageFolder does.
+    classes: the names of the class folders that hold images."""
     if not classes:
-        raise InputError(
-            f"{path} holds no images in its class folders ({', '.join(IMG_EXTENSIONS)})"
-        )
+        reason = "holds no images in its class folders" if class_folders else "has no class folders"
+        raise InputError(f"{path} {reason}: expected CLASS/IMAGE ({', '.join(IMG_EXTENSIONS)})")
     empty = sorted(set(class_folders) - set(classes))
     if empty:
-        raise InputError(
-            f"{path}: no image in the class folder {empty[0]}"
-            + f" ({len(empty)} such)" * (len(empty) > 1)
-        )
+        more = f" ({len(empty)} such)" if len(empty) > 1 else ""
+        raise InputError(f"{path}: no image in the class folder {empty[0]}{more}")
 
 
 # -------------------------------------------------------------------------------------------------
 
 
 def decode_by_pillow(data):
-    """Encoded image -> Pillow's RGB, as torchvision's ImageFolder gives it (no orientation tag is
-    followed)."""
+    """Encoded image -> Pillow's RGB, as torchvision's ImageFolder loads it: orientation tags are
+    ignored."""
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def decode_by_torchcodec(data):
-    """Encoded image -> uint8 (3, H, W), the same pixels; as `decode_by_pillow` gives it where it is
-    no sound JPEG in grey or RGB."""
+    """Encoded image -> uint8 (3, H, W) with the same pixels as Pillow's. Pillow decodes everything
+    but intact JPEGs in grey or RGB."""
     from torchcodec.decoders import decode_jpeg  # optional; see `check_decoder`
 
     if data.startswith(b"\xff\xd8\xff"):
-        with contextlib.suppress(RuntimeError):  # Pillow, which is more patient, shall decide
+        with contextlib.suppress(RuntimeError):  # Pillow decodes some damaged images
             encoded = torch.frombuffer(without_orientation(data), dtype=torch.uint8)
             image = decode_jpeg(encoded, mode="UNCHANGED")
             if len(image) in (1, 3):  # grey or RGB
@@ -138,11 +133,11 @@ def decode_by_torchcodec(data):
 
 
 def without_orientation(data):
-    """A copy of a JPEG whose APP1 segments, where cameras put the orientation, are comments:
-    torchcodec would turn the image, ImageFolder does not."""
+    """A copy of a JPEG in which the APP1 segments, where cameras write the orientation, are
+    comments. torchcodec would rotate the image; ImageFolder does not."""
     data, position = bytearray(data), 2
     while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
-        if data[position + 1 : position + 2] == b"\xff":  # a marker may have several of these
+        if data[position + 1 : position + 2] == b"\xff":  # padding before a marker
             position += 1
             continue
         if data[position + 1 : position + 2] == b"\xe1":
@@ -155,7 +150,7 @@ IMAGE_DECODERS = {"pillow": decode_by_pillow, "torchcodec": decode_by_torchcodec
 
 
 def check_decoder(name):
-    """Refuses a decoder that this machine doesn't have."""
+    """Refuses a decoder that is not installed, or does not load."""
     if name == "torchcodec":
         try:
             from torchcodec.decoders import decode_jpeg  # noqa: F401
@@ -169,14 +164,13 @@ def check_decoder(name):
 
 
 class Index:
-    """Which images a folder or TAR holds. Python lists would be copied into every loader worker;
-    flat arrays are shared.
+    """The images of a store, as flat arrays: all processes share the memory of these.
 
-    names: all entries as one uint8 array. starts: (n + 1,) int64, where each entry starts in it.
-    places: (n, 3) int64, where a TAR holds each image, or (n, 0). origin: which archive the index
-    was made of. folder: where the index is saved, or None."""
+    names: all entries as one uint8 array. starts: (n + 1,) int64, where each entry starts in names.
+    places: (n, ...) int64, where each image lies, as the store understands it. origin: what the
+    index was made of. folder: where the index is saved, or None."""
 
-    ARRAYS = ("names", "starts", "places")
+    ARRAYS = {"names": np.uint8, "starts": np.int64, "places": np.int64}
 
     def __init__(self, classes, counts, origin, arrays, folder=None):
         self.classes, self.counts, self.origin, self.folder = classes, counts, origin, folder
@@ -184,8 +178,8 @@ class Index:
 
     @classmethod
     def make(cls, groups, origin=None):
-        """groups: (class, entries as bytes, their places) in order; a class may come several times
-        in a row."""
+        """An index in memory. groups: (class, entries as bytes, their places) in ImageFolder's
+        order, where each class comes once or several times in a row."""
         counts, names, lengths, places = {}, [], [[0]], []
         for name, entries, entry_places in groups:
             counts[name] = counts.get(name, 0) + len(entries)
@@ -199,10 +193,10 @@ class Index:
 
     def entry(self, index):
         """CLASS/.../IMAGE."""
-        return entry_at(self.names, self.starts, index)
+        return os.fsdecode(bytes(self.names[self.starts[index] : self.starts[index + 1]]))
 
     def head(self):
-        """All but the arrays, and a checksum of everything."""
+        """The fields that are not arrays, and a checksum of all fields."""
         head = {"classes": self.classes, "counts": self.counts, "origin": self.origin}
         checksum = zlib.crc32(json.dumps(head).encode())
         for name in self.ARRAYS:
@@ -210,48 +204,51 @@ class Index:
         return head | {"checksum": checksum}
 
     def save(self, folder):
-        """Writes each array to a .npy file of a folder. Processes that save the same index at once
-        write the same bytes; the head, written last, makes the index valid."""
+        """Writes the index to a folder, each array to a .npy file. Returns it with these files
+        mapped. Several processes may save an index at once: they write the same bytes."""
         if folder.is_file():  # an index of version 0.1.0
             folder.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         for name in self.ARRAYS:
-            write_atomically(
-                folder / f"{name}.npy", lambda file, name=name: np.save(file, getattr(self, name))
-            )
+            array = getattr(self, name)
+            write_atomically(folder / f"{name}.npy", functools.partial(np.save, arr=array))
         write_atomically(folder / "head.json", json.dumps(self.head()).encode())
+        return self.load(folder, self.origin)
 
     @classmethod
-    def load(cls, folder):
-        """The index in a folder, its arrays mapped rather than read; None where there is none, or
+    def checked(cls, head, arrays, folder=None):
+        """The index with this head and these arrays. A ValueError, LookupError or TypeError where
         it is damaged."""
+        index = cls(head["classes"], head["counts"], head["origin"], arrays, folder)
+        if index.head() != head:
+            raise ValueError("the checksum is wrong")
+        return index
+
+    @classmethod
+    def load(cls, folder, origin):
+        """The index in a folder, its arrays mapped. None where there is no sound index that was
+        made of this origin."""
         try:
             head = json.loads((folder / "head.json").read_bytes())
-            arrays = [
-                np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in cls.ARRAYS
-            ]
-            index = cls(head["classes"], head["counts"], head["origin"], arrays, folder)
-            return index if index.head() == head else None
-        except Exception:  # numpy raises anything for damaged files
+            arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls.ARRAYS]
+            # np.asarray: the same memory, faster to index.
+            index = cls.checked(head, map(np.asarray, arrays), folder)
+            return index if index.origin == origin else None
+        except Exception:  # numpy and json raise anything for damaged files
             return None
 
     def __getstate__(self):
-        """A saved index travels to other processes by the path of its folder."""
+        """Of a saved index, only the head is pickled: the copy maps the same files."""
         return (self.folder, self.head()) if self.folder else (None, vars(self))
 
     def __setstate__(self, state):
         folder, content = state
         if folder:
-            index = Index.load(folder)
+            index = Index.load(folder, content["origin"])
             if index is None or index.head() != content:
                 raise InputError(f"{folder} was made anew since the data was opened")
             content = vars(index)
         vars(self).update(content)
-
-
-def entry_at(names, starts, index):
-    """The entry of an image, from the arrays of Index."""
-    return os.fsdecode(bytes(names[starts[index] : starts[index + 1]]))
 
 
 class FolderImages(Images):
@@ -267,11 +264,7 @@ class FolderImages(Images):
                 entries = [os.fsencode(path[start:]) for path, _ in found]
                 groups.append((name, entries, np.empty((len(entries), 0), np.int64)))
         check_classes(self.path, class_folders, [name for name, _, _ in groups])
-        self.index = Index.make(groups)
-        return self.index.classes, self.index.counts
-
-    def entry(self, index):
-        return self.index.entry(index)
+        return Index.make(groups)
 
     def read(self, index):
         with open(f"{self.path}/{self.index.entry(index)}", "rb") as file:
@@ -283,20 +276,20 @@ class TarImages(Images):
     share."""
 
     def find(self):
-        self.index = self.find_index()
-        if len(self.index.classes) == 1:
-            only = printable(self.index.classes[0])
+        index = self.find_index()
+        if len(index.classes) == 1:
+            only = printable(index.classes[0])
             say(f"note: all images of {self.path} are of one class, {only}")
-        return self.index.classes, self.index.counts
+        return index
 
     def find_index(self):
-        """The archive's index: beside the archive, or in the user's cache. Made and saved where
-        there is none of the archive as it is; kept in memory where it cannot be saved."""
+        """The archive's index. A new one is saved beside the archive or in the user's cache; where
+        neither can be written to, the index stays in memory."""
         origin = self.origin()
         folders = [Path(f"{self.path}.index"), cache_folder(self.path)]
-        saved = load_index(folders, origin)
-        if saved:
-            return saved
+        for folder in folders:
+            if index := Index.load(folder, origin):
+                return index
         class_folders, groups = find_images(self.path)
         index = Index.make(groups, origin)
         check_classes(self.path, class_folders, index.classes)
@@ -304,10 +297,8 @@ class TarImages(Images):
             raise InputError(f"{self.path} changed while it was read: is it still being written?")
         for folder in folders:
             with contextlib.suppress(OSError):
-                # Another process may have saved the index meanwhile: its files are in use.
-                if not load_index([folder], origin):
-                    index.save(folder)
-                return Index.load(folder) or index
+                # Another process may have saved the index meanwhile, and others use its files.
+                return Index.load(folder, origin) or index.save(folder) or index
         return index
 
     def origin(self):
@@ -315,9 +306,6 @@ class TarImages(Images):
         count as images."""
         stat = os.stat(self.path)
         return [stat.st_size, stat.st_mtime_ns, *IMG_EXTENSIONS]
-
-    def entry(self, index):
-        return self.index.entry(index)
 
     @cached_property
     def file(self):
@@ -330,15 +318,6 @@ class TarImages(Images):
         if found_crc != crc:
             raise InputError(f"the archive is not the one that {self.index.folder} was made of")
         return content
-
-
-def load_index(folders, origin):
-    """The first index in one of the folders that was made of this origin, or None."""
-    for folder in folders:
-        index = Index.load(folder)
-        if index and index.origin == origin:
-            return index
-    return None
 
 
 def cache_folder(path):
@@ -409,41 +388,43 @@ def lmdb_key(number):
 
 
 class LmdbImages(Images):
-    """An LMDB that scripts/pack.py made. Besides the images: b"head", JSON with the classes and
-    their numbers of images; b"names" and b"starts", as in Index; b"sizes", int64 of each image."""
+    """An LMDB that scripts/pack.py made. It holds the images, the head of their Index as b"head",
+    and the arrays of the Index by their names. places: (n,), the size of each image in bytes."""
 
     def find(self):
         self.identity = identify(self.path)
+        return self.read_index()
+
+    def transaction(self):
+        return open_lmdb(*self.identity).transaction(self.path)
+
+    def read_index(self):
+        """The Index, in memory."""
         with self.transaction() as transaction:
             try:
                 head = json.loads(bytes(transaction.get(b"head", b"")))
-                return head["classes"], head["counts"]
+                arrays = [
+                    np.frombuffer(bytes(transaction.get(name.encode(), b"")), dtype)
+                    for name, dtype in Index.ARRAYS.items()
+                ]
+                return Index.checked(head, arrays)
             except (ValueError, LookupError, TypeError):
                 raise InputError(
                     f"{self.path} was not made by scripts/pack.py, or by its version 0.1.0, "
                     "or is damaged: pack the images again"
                 ) from None
 
-    def transaction(self):
-        return open_lmdb(*self.identity).transaction(self.path)
+    def __getstate__(self):
+        return super().__getstate__() | {"index": None}
 
-    def value(self, transaction, key):
-        """The value of a key, as a memoryview."""
-        value = transaction.get(key)
-        if value is None:
-            raise InputError(f"{self.path} is damaged: it lacks the key {key}")
-        return value
-
-    def entry(self, index):
-        with self.transaction() as transaction:
-            starts = np.frombuffer(self.value(transaction, b"starts"), np.int64)
-            return entry_at(self.value(transaction, b"names"), starts, index)
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.index = self.read_index()
 
     def read(self, index):
         with self.transaction() as transaction:
-            content = self.value(transaction, lmdb_key(index))
-            sizes = np.frombuffer(self.value(transaction, b"sizes"), np.int64)
-            if len(content) != sizes[index]:  # a damaged size may lead out of the file
+            content = transaction.get(lmdb_key(index), b"")
+            if len(content) != self.index.places[index]:
                 raise InputError(f"{self.path} is damaged")
             return bytes(content)
 

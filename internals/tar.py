@@ -28,13 +28,13 @@ class Member(tarfile.TarInfo):
 
 
 class Contents:
-    """All files and folders of an archive. An InputError where the archive is damaged, cut,
-    compressed or joined from several."""
+    """The files and folders of an archive. An InputError where the archive is damaged, cut,
+    compressed, or several archives in one file."""
 
     def __init__(self, path):
         self.files = defaultdict(dict)  # {folder: {file name: row of places, or NO_FILE}}
         self.folders = set()
-        self.places = array("q")  # three numbers for each file: see `place`
+        self.places = array("q")  # three numbers for each file; see `place`
         try:
             with open(path, "rb") as file:
                 with tarfile.open(fileobj=file, mode="r:", tarinfo=Member) as archive:

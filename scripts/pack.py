@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from Data import end_workers_at_exit, leave_signals, open_images
 from internals.processes import run_command
-from internals.stores import LmdbImages, TarImages, lmdb_key
-from Utils import InputError, say
+from internals.stores import Index, LmdbImages, TarImages, lmdb_key
+from Utils import InputError, say, write_atomically
 
 BATCH = 64  # images that a worker sends at a time
 TRANSACTION = 2**26  # bytes that are written to an LMDB at a time
@@ -33,21 +33,13 @@ TRANSACTION = 2**26  # bytes that are written to an LMDB at a time
 def main(argv=None):
     """python scripts/pack.py SOURCE OUT.lmdb|OUT.tar [--size 256] [--num_workers N]"""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", metavar="SOURCE", help="a folder of class folders, .tar or .lmdb")
-    parser.add_argument("out", metavar="OUT", help="OUT.lmdb or OUT.tar; must not exist")
-    parser.add_argument(
-        "--size",
-        type=int,
-        metavar="PIXELS",
-        help="shrink images whose shorter side is longer than this to this length, as JPEGs; "
-        "default: copy all images",
-    )
-    parser.add_argument(
-        "--num_workers",
-        type=int,
-        metavar="N",
-        help="worker processes that load images; default: one per core with --size, else 0",
-    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a folder of class folders, a .tar or an .lmdb")
+    add("out", metavar="OUT", help="OUT.lmdb or OUT.tar; must not exist")
+    add("--size", type=int, metavar="PIXELS", help="shrink images whose shorter side is longer "
+        "than this to this length, as JPEGs; default: copy all images")  # fmt: skip
+    add("--num_workers", type=int, metavar="N", help="worker processes that load images; "
+        "default: one per core with --size, else 0")  # fmt: skip
     args = parser.parse_args(argv)
     run_command(lambda: pack(args.source, Path(args.out).expanduser(), args.size, args.num_workers))
 
@@ -59,10 +51,9 @@ def pack(source, out, size=None, num_workers=None):
         num_workers = os.cpu_count() if size else 0
     check_arguments(out, size, num_workers)
     images = open_images(source)
-    if out.suffix == ".tar" and len(images.classes) == 1:
-        nested = any(images.entry(i).count("/") > 1 for i in range(len(images)))
-        if nested:
-            raise InputError(f"{out}: folders within the only class would be taken for classes")
+    one_class_tar = out.suffix == ".tar" and len(images.classes) == 1
+    if one_class_tar and any(images.entry(i).count("/") > 1 for i in range(len(images))):
+        raise InputError(f"{out}: folders within the only class would be taken for classes")
     write, store = WRITERS[out.suffix]
     folder, lock = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.lock")
     packed = folder / out.name
@@ -108,18 +99,15 @@ class Encoded(Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        return os.fsencode(self.images.entry(index)), self.content(index)
-
-    def content(self, index):
-        """The encoded image: a copy, or a JPEG whose shorter side is `size`."""
+        content = self.images.read(index)
         if self.size is not None:
             image = self.images.load(index)
             if min(image.size) > self.size:
                 file = io.BytesIO()
                 image = F.resize(image, [self.size], InterpolationMode.BICUBIC)
                 image.save(file, "jpeg", quality=95)
-                return file.getvalue()
-        return self.images.read(index)
+                content = file.getvalue()
+        return os.fsencode(self.images.entry(index)), content
 
 
 def encoded(images, size, num_workers):
@@ -141,7 +129,8 @@ def encoded(images, size, num_workers):
 def write_tar(path, images, items):
     """Writes a TAR of items (entry, content). Returns a checksum of each item."""
     checksums = array("Q")
-    with open(path, "wb") as file:
+
+    def write(file):
         with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
             for entry, content in items:
                 member = tarfile.TarInfo(os.fsdecode(entry))
@@ -149,14 +138,13 @@ def write_tar(path, images, items):
                 archive.addfile(member, io.BytesIO(content))
                 archive.members = []  # tarfile would keep all members in memory
                 checksums.append(checksum(entry, content))
-        file.flush()
-        os.fsync(file.fileno())
+
+    write_atomically(path, write)
     return checksums
 
 
 def write_lmdb(path, images, items):
-    """Writes an LMDB of items (entry, content), as LmdbImages reads it. Returns a checksum of each
-    item."""
+    """Writes an LMDB as LmdbImages reads it. Returns a checksum of each item (entry, content)."""
     checksums, names, starts, sizes = array("Q"), bytearray(), array("q", [0]), array("q")
     waiting, size = [], 0  # what is to be written next
     with lmdb.open(str(path), subdir=False, lock=False, sync=False, map_size=2**28) as environment:
@@ -170,10 +158,10 @@ def write_lmdb(path, images, items):
             if size > TRANSACTION:
                 put(environment, waiting)
                 waiting, size = [], 0
-        counts = np.diff(images.starts).tolist()
-        head = json.dumps({"classes": images.classes, "counts": counts}).encode()
-        arrays = [(b"names", names), (b"sizes", sizes), (b"starts", starts)]
-        put(environment, [*waiting, (b"head", head), *arrays])
+        arrays = np.frombuffer(names, np.uint8), np.array(starts), np.array(sizes)
+        index = Index(images.classes, images.index.counts, None, arrays)
+        waiting.append((b"head", json.dumps(index.head()).encode()))
+        put(environment, [*waiting, (b"names", names), (b"places", sizes), (b"starts", starts)])
         environment.sync(True)
     # A reader of a damaged page may look up to 64 KB behind it. Behind the file it would crash.
     os.truncate(path, os.path.getsize(path) + 2**17)
@@ -181,8 +169,7 @@ def write_lmdb(path, images, items):
 
 
 def put(environment, items):
-    """Appends (key, value) items in one transaction. Doubles the size limit of the LMDB until they
-    fit."""
+    """Appends (key, value) items in one transaction; doubles the LMDB's size limit if needed."""
     while True:
         try:
             with environment.begin(write=True) as transaction:
@@ -202,9 +189,8 @@ def check(packed, images, checksums):
     """Reads all packed images back. An InputError where one is not as it was written."""
     if packed.classes != images.classes or packed.starts.tolist() != images.starts.tolist():
         raise InputError(f"{packed.path}: the classes read back are not the packed ones")
-    for index, expected in enumerate(
-        tqdm(checksums, desc="checking", unit=" images", disable=None)
-    ):
+    bar = tqdm(checksums, desc="checking", unit=" images", disable=None)
+    for index, expected in enumerate(bar):
         if checksum(os.fsencode(packed.entry(index)), packed.read(index)) != expected:
             raise InputError(f"{packed.name(index)} read back is not what was packed")
 

@@ -89,10 +89,11 @@ class Named(stores.Images):
         super().__init__("nowhere")
 
     def find(self):
-        return [f"class{i:03}" for i in range(len(self.counts))], self.counts
-
-    def entry(self, index):
-        return f"{self.classes[self.target(index)]}/{index}.png"
+        numbers = iter(range(sum(self.counts)))
+        return stores.Index.make(
+            (name, [f"{name}/{next(numbers)}.png".encode() for _ in range(count)], [[]] * count)
+            for name, count in ((f"class{i:03}", n) for i, n in enumerate(self.counts))
+        )
 
 
 @pytest.fixture(scope="module")
