@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from internals.processes import end_workers_at_exit, ignore_stop_signals
-from internals.stores import FolderImages, ImageError, LmdbImages, TarImages, check_decoder
+from internals.stores import FORMATS, ImageError, check_decoder
 from Utils import (
     InputError,
     RunError,
@@ -34,19 +34,20 @@ MOST_BAD = 0.001  # of a data set: the share of its images that may be replaced
 
 def open_images(path, transform=None, *, image_decoder="pillow", skip_bad_images=False):
     """The Images at `path`: a folder as torchvision's ImageFolder reads, a .tar of one, or an .lmdb
-    that scripts/pack.py made. skip_bad_images: an ImageLoader replaces damaged ones."""
+    that scripts/pack.py made. skip_bad_images: an ImageLoader replaces damaged images."""
     check_decoder(image_decoder)
     path = Path(path).expanduser()
-    options = {"transform": transform, "image_decoder": image_decoder, "skip_bad": skip_bad_images}
     try:
         if not path.exists():
             raise InputError(f"{path} does not exist")
-        if path.suffix.lower() == ".lmdb":
-            return LmdbImages(path, **options)
-        if path.is_dir():
-            return FolderImages(path, **options)
-        if path.suffix.lower() == ".tar":
-            return TarImages(path, **options)
+        for fits, images_class in FORMATS:
+            if fits(path):
+                return images_class(
+                    path,
+                    transform=transform,
+                    image_decoder=image_decoder,
+                    skip_bad=skip_bad_images,
+                )
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     raise InputError(f"{path} is neither a folder nor a .tar (uncompressed) nor an .lmdb")

@@ -1,11 +1,12 @@
-"""Packs images (a folder, a .tar, an .lmdb) into one .lmdb or .tar: the encoded images as they are,
-or made smaller. What is there afterwards is whole and checked, or nothing is there."""
+"""Packs images (a folder, a .tar, an .lmdb) into one .lmdb or .tar. The encoded images are copied,
+or made smaller. The packed file gets its name only when all of it was read back and compared."""
 
 import argparse
 import contextlib
 import io
+import json
 import os
-import secrets
+import shutil
 import tarfile
 import zlib
 from array import array
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import _path  # noqa: F401 (makes the modules importable)
 import lmdb
+import numpy as np
 from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
@@ -21,70 +23,51 @@ from tqdm import tqdm
 
 from Data import open_images
 from internals.processes import end_workers_at_exit, ignore_stop_signals, run_command
-from internals.stores import SLACK, LmdbImages, TarImages, lmdb_head, lmdb_item
-from Utils import InputError, say
+from internals.stores import Index, LmdbImages, TarImages, lmdb_key
+from Utils import InputError, say, write_atomically
 
 BATCH = 64  # images that a worker sends at a time
-TRANSACTION = 2**26  # bytes that an LMDB takes at a time
+TRANSACTION = 2**26  # bytes that are written to an LMDB at a time
 
 
 def main(argv=None):
     """python scripts/pack.py SOURCE OUT.lmdb|OUT.tar [--size 256] [--num_workers N]"""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", metavar="SOURCE", help="a folder of class folders, .tar or .lmdb")
-    parser.add_argument("out", metavar="OUT", help="OUT.lmdb or OUT.tar; must not exist")
-    parser.add_argument(
-        "--size",
-        type=int,
-        metavar="PIXELS",
-        help="make the shorter side of larger images so long, and JPEGs of them; "
-        "default: images as they are",
-    )
-    parser.add_argument(
-        "--num_workers",
-        type=int,
-        metavar="N",
-        help="processes that make images smaller; default: cores with --size, else 0",
-    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a folder of class folders, a .tar or an .lmdb")
+    add("out", metavar="OUT", help="OUT.lmdb or OUT.tar; must not exist")
+    add("--size", type=int, metavar="PIXELS", help="shrink images whose shorter side is longer "
+        "than this to this length, as JPEGs; default: copy all images")  # fmt: skip
+    add("--num_workers", type=int, metavar="N", help="worker processes that load images; "
+        "default: one per core with --size, else 0")  # fmt: skip
     args = parser.parse_args(argv)
     run_command(lambda: pack(args.source, Path(args.out).expanduser(), args.size, args.num_workers))
 
 
 def pack(source, out, size=None, num_workers=None):
-    """Packs the images at `source` into `out`, by way of a hidden file beside it, which a run that
-    was killed leaves behind and the next one starts anew."""
-    writers = {".lmdb": (write_lmdb, LmdbImages), ".tar": (write_tar, TarImages)}
-    if out.suffix not in writers:
-        raise InputError(f"{out}: allowed are OUT.lmdb and OUT.tar")
-    if size is not None and size < 1:
-        raise InputError(f"--size {size}: allowed is at least 1 pixel")
+    """Packs the images at `source` into `out`, by way of a hidden folder beside `out`. A run that
+    is killed leaves the folder behind; the next run deletes it and starts anew."""
     if num_workers is None:
         num_workers = os.cpu_count() if size else 0
-    if num_workers < 0:
-        raise InputError(f"--num_workers {num_workers}: allowed is at least 0")
-    if not out.parent.is_dir():
-        raise InputError(f"cannot write {out}: there is no folder {out.parent}")
-    if out.exists():
-        raise InputError(f"{out} is there already; delete it first, or choose another name")
+    check_arguments(out, size, num_workers)
     images = open_images(source)
-    write, store = writers[out.suffix]
-    if store is TarImages and len(images.classes) == 1:
-        nested = any(images.entry(i).count("/") > 1 for i in range(len(images)))
-        if nested:
-            raise InputError(f"{out}: folders within the only class would be taken for classes")
-    partial, lock = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.lock")
-    index = out.with_name(f"{partial.name}.index")  # of a TAR that is checked
+    one_class_tar = out.suffix == ".tar" and len(images.classes) == 1
+    if one_class_tar and any(images.entry(i).count("/") > 1 for i in range(len(images))):
+        raise InputError(f"{out}: folders within the only class would be taken for classes")
+    write, store = WRITERS[out.suffix]
+    folder, lock = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.lock")
+    packed = folder / out.name
     try:
-        with FileLock(lock, timeout=0), contextlib.ExitStack() as end:
-            end.callback(lock.unlink, missing_ok=True)
-            for path in (partial, index):
-                end.callback(path.unlink, missing_ok=True)
-                path.unlink(missing_ok=True)
-            sums = write(partial, images, encoded(images, size, num_workers))
-            check(store(partial), images, sums)
-            os.replace(partial, out)
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(index, f"{out}.index")
+        with FileLock(lock, timeout=0), contextlib.ExitStack() as at_end:
+            at_end.callback(lock.unlink, missing_ok=True)
+            at_end.callback(shutil.rmtree, folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            checksums = write(packed, images, encoded(images, size, num_workers))
+            check(store(packed), images, checksums)
+            os.replace(packed, out)
+            with contextlib.suppress(OSError):  # without its index, a TAR is indexed when opened
+                os.replace(f"{packed}.index", f"{out}.index")
     except Timeout:
         raise InputError(f"{out}: another process is packing it") from None
     except (OSError, lmdb.Error) as error:
@@ -92,8 +75,22 @@ def pack(source, out, size=None, num_workers=None):
     say(f"packed: {len(images)} images in {len(images.classes)} classes, checked, in {out}")
 
 
+def check_arguments(out, size, num_workers):
+    """Refuses bad arguments of `pack`."""
+    if out.suffix not in WRITERS:
+        raise InputError(f"{out}: allowed are OUT.lmdb and OUT.tar")
+    if size is not None and size < 1:
+        raise InputError(f"--size {size}: allowed is at least 1 pixel")
+    if num_workers < 0:
+        raise InputError(f"--num_workers {num_workers}: allowed is at least 0")
+    if not out.parent.is_dir():
+        raise InputError(f"cannot write {out}: there is no folder {out.parent}")
+    if out.exists():
+        raise InputError(f"{out} is there already; delete it first, or choose another name")
+
+
 class Encoded(Dataset):
-    """Items (entry, encoded image), made smaller where a size is given."""
+    """Items (entry, encoded image). size: the longest allowed shorter side, in pixels, or None."""
 
     def __init__(self, images, size):
         self.images, self.size = images, size
@@ -102,22 +99,19 @@ class Encoded(Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        return os.fsencode(self.images.entry(index)), self.content(index)
-
-    def content(self, index):
-        """The encoded image: as it is, unless its shorter side is longer than wanted."""
+        content = self.images.read(index)
         if self.size is not None:
             image = self.images.load(index)
             if min(image.size) > self.size:
                 file = io.BytesIO()
                 image = F.resize(image, [self.size], InterpolationMode.BICUBIC)
                 image.save(file, "jpeg", quality=95)
-                return file.getvalue()
-        return self.images.read(index)
+                content = file.getvalue()
+        return os.fsencode(self.images.entry(index)), content
 
 
 def encoded(images, size, num_workers):
-    """Yields (entry, encoded image) of all images, in their order, with a progress bar."""
+    """Yields (entry, encoded image) of all images in order, with a progress bar."""
     end_workers_at_exit()
     batches = DataLoader(
         Encoded(images, size),
@@ -133,41 +127,49 @@ def encoded(images, size, num_workers):
 
 
 def write_tar(path, images, items):
-    """Writes a TAR of items (entry, content); a CRC of each."""
-    sums = array("Q")
-    with open(path, "wb") as file:
+    """Writes a TAR of items (entry, content). Returns a checksum of each item."""
+    checksums = array("Q")
+
+    def write(file):
         with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
             for entry, content in items:
                 member = tarfile.TarInfo(os.fsdecode(entry))
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
-                sums.append(crc(entry, content))
-        file.flush()
-        os.fsync(file.fileno())
-    return sums
+                archive.members = []  # tarfile would keep all members in memory
+                checksums.append(checksum(entry, content))
+
+    write_atomically(path, write)
+    return checksums
 
 
 def write_lmdb(path, images, items):
-    """Writes an LMDB of items (entry, content); a CRC of each."""
-    sums, waiting, size, identity = array("Q"), [], 0, secrets.token_bytes(8)
-    environment = lmdb.open(str(path), subdir=False, lock=False, sync=False, map_size=2**28)
-    with environment:
+    """Writes an LMDB as LmdbImages reads it. Returns a checksum of each item (entry, content)."""
+    checksums, names, starts, sizes = array("Q"), bytearray(), array("q", [0]), array("q")
+    waiting, size = [], 0  # what is to be written next
+    with lmdb.open(str(path), subdir=False, lock=False, sync=False, map_size=2**28) as environment:
         for number, (entry, content) in enumerate(items):
-            sums.append(crc(entry, content))
-            waiting.append(lmdb_item(identity, number, entry, content))
-            size += len(content)
-            if size > TRANSACTION or len(waiting) == 100_000:
+            checksums.append(checksum(entry, content))
+            names += entry
+            starts.append(len(names))
+            sizes.append(len(content))
+            waiting.append((lmdb_key(number), content))
+            size += len(content) + 100  # a hundred bytes for the objects themselves
+            if size > TRANSACTION:
                 put(environment, waiting)
                 waiting, size = [], 0
-        counts = [len(images.of_class(i)) for i in range(len(images.classes))]
-        put(environment, [*waiting, (b"head", lmdb_head(identity, images.classes, counts))])
+        arrays = np.frombuffer(names, np.uint8), np.array(starts), np.array(sizes)
+        index = Index(images.classes, images.index.counts, None, arrays)
+        waiting.append((b"head", json.dumps(index.head()).encode()))
+        put(environment, [*waiting, (b"names", names), (b"places", sizes), (b"starts", starts)])
         environment.sync(True)
-    os.truncate(path, os.path.getsize(path) + SLACK)
-    return sums
+    # A reader of a damaged page may look up to 64 KB behind it. Behind the file it would crash.
+    os.truncate(path, os.path.getsize(path) + 2**17)
+    return checksums
 
 
 def put(environment, items):
-    """Appends (key, value) items in one transaction, in a map as large as that needs."""
+    """Appends (key, value) items in one transaction; doubles the LMDB's size limit if needed."""
     while True:
         try:
             with environment.begin(write=True) as transaction:
@@ -178,18 +180,22 @@ def put(environment, items):
             environment.set_mapsize(2 * environment.info()["map_size"])
 
 
-def crc(entry, content):
-    """A check sum of an image and its name."""
+def checksum(entry, content):
+    """The CRC of an image and its name."""
     return zlib.crc32(content, zlib.crc32(entry))
 
 
-def check(packed, images, sums):
-    """Reads back all that was written; an InputError where it isn't what went in."""
+def check(packed, images, checksums):
+    """Reads all packed images back. An InputError where one is not as it was written."""
     if packed.classes != images.classes or packed.starts.tolist() != images.starts.tolist():
-        raise InputError(f"{packed.path}: the classes read back are not those packed")
-    for index, expected in enumerate(tqdm(sums, desc="checking", unit=" images", disable=None)):
-        if crc(os.fsencode(packed.entry(index)), packed.read(index)) != expected:
+        raise InputError(f"{packed.path}: the classes read back are not the packed ones")
+    bar = tqdm(checksums, desc="checking", unit=" images", disable=None)
+    for index, expected in enumerate(bar):
+        if checksum(os.fsencode(packed.entry(index)), packed.read(index)) != expected:
             raise InputError(f"{packed.name(index)} read back is not what was packed")
+
+
+WRITERS = {".lmdb": (write_lmdb, LmdbImages), ".tar": (write_tar, TarImages)}
 
 
 if __name__ == "__main__":

@@ -85,10 +85,15 @@ class Named(stores.Images):
     """Images that exist by name only: `counts` of each class."""
 
     def __init__(self, *counts):
-        super().__init__("nowhere", [f"class{i:03}" for i in range(len(counts))], counts)
+        self.counts = counts
+        super().__init__("nowhere")
 
-    def entry(self, index):
-        return f"{self.classes[self.target(index)]}/{index}.png"
+    def find(self):
+        numbers = iter(range(sum(self.counts)))
+        return stores.Index.make(
+            (name, [f"{name}/{next(numbers)}.png".encode() for _ in range(count)], [[]] * count)
+            for name, count in ((f"class{i:03}", n) for i, n in enumerate(self.counts))
+        )
 
 
 @pytest.fixture(scope="module")
