@@ -1,4 +1,5 @@
-"""Images in classes, and few-shot subsets of them; which image is drawn when, and loading them."""
+"""Data sets of images in classes, and few-shot subsets; loading images; an epoch's pool of images
+and its minibatches."""
 
 import contextlib
 import os
@@ -29,7 +30,7 @@ from Utils import (
     world_size,
 )
 
-MOST_BAD = 0.001  # of a data set: the share of its images that may be replaced
+MOST_BAD = 0.001  # share of a data set's images that --skip_bad_images may replace
 
 
 def open_images(path, transform=None, *, image_decoder="pillow", skip_bad_images=False):
@@ -54,13 +55,13 @@ def open_images(path, transform=None, *, image_decoder="pillow", skip_bad_images
 
 
 class Subset(Dataset):
-    """Some images of some classes of another data set, with dense targets."""
+    """Some images of some classes of another data set. Classes are numbered anew, from 0."""
 
     def __init__(self, images, classes, indices):
         self.images, self.indices, self.classes = images, indices, classes
         self.class_to_idx = {name: i for i, name in enumerate(classes)}
         self.path, self.skip_bad = images.path, images.skip_bad
-        self.dense = np.full(len(images.classes), -1)  # its class of each class of the other's
+        self.dense = np.full(len(images.classes), -1)  # class number in `images` -> number here
         self.dense[[images.class_to_idx[name] for name in classes]] = np.arange(len(classes))
 
     @cached_property
@@ -93,11 +94,11 @@ class Subset(Dataset):
 
 
 def few_shot(images, n_way, n_shot, seed):
-    """The subset of n_way classes, evenly spaced in sorted order, with n_shot images each, chosen
-    by seed; -1: all."""
+    """The subset of n_way classes, evenly spaced in sorted order, with n_shot images of each, which
+    `seed` chooses. -1 means all. An InputError if the data has fewer."""
     n_classes = len(images.classes)
     if n_way in (-1, n_classes) and n_shot == -1:
-        return images  # a subset of all would only cost memory
+        return images  # the same, without the memory of a subset
     ways = range(n_classes) if n_way == -1 else [i * n_classes // n_way for i in range(n_way)]
     if len(ways) > n_classes:
         raise InputError(f"{n_way} classes wanted, but there are {n_classes}")
@@ -116,7 +117,7 @@ def few_shot(images, n_way, n_shot, seed):
 
 
 def with_classes(images, classes):
-    """All images of the classes of these names; refused where one is missing."""
+    """All images of the classes with these names; an InputError if a class is missing."""
     if list(classes) == images.classes:
         return images
     missing = [name for name in classes if name not in images.class_to_idx]
@@ -130,8 +131,8 @@ def with_classes(images, classes):
 
 
 def staged_path(path, folder):
-    """Where the copy of a path lies in a folder of copies, which holds the tree from the root on;
-    the path itself without such a folder."""
+    """The path of a file's copy in `folder`, which repeats the tree of folders from the root on;
+    the path itself if folder is None."""
     return f"{folder}{os.path.abspath(Path(path).expanduser())}" if folder else path
 
 
@@ -147,9 +148,9 @@ def open_pair(
     image_decoder="pillow",
     skip_bad_images=False,
 ):
-    """Training images, reduced to a few-shot subset, and validation images of the same classes (of
-    all classes, unless same_classes: no labels are needed). Messages name the flags. staged: a
-    folder of copies to read instead."""
+    """Opens the training images, reduced to a few-shot subset, and the validation images: of the
+    same classes, unless same_classes is False, when no labels are needed. Errors name the flag.
+    staged: a folder of copies, which are read instead."""
     options = {"image_decoder": image_decoder, "skip_bad_images": skip_bad_images}
     with naming("--data_tr"):
         images_tr = open_images(staged_path(data_tr, staged), **options)
@@ -166,15 +167,15 @@ def open_pair(
 
 
 def even_indices(n, first, count, seed, shuffle=True):
-    """Numbers `first` to `first + count` of an endless sequence that passes over range(n), each
-    time in another order: int64 (count,). So every index is drawn k or k-1 times, whatever is taken
-    at a time. Its whole state is `first`: what comes next depends on nothing that came before."""
+    """Elements `first` to `first + count` of an endless sequence of indices: int64 (count,). The
+    sequence passes over range(n) again and again, with shuffle in a new order each time: after any
+    number of elements, each index has come k or k-1 times. A pure function of the arguments."""
     positions = torch.arange(first, first + count)
     if not shuffle or not count:
         return positions % n
     passes = torch.arange(first // n, (first + count - 1) // n + 1)
     seeds = mix_seeds(seed, passes)
-    if n < 256:  # there may be very many passes, so all at once
+    if n < 256:  # a small n may need very many passes: all at once is faster
         orders = random_bits(seeds[:, None], torch.arange(n)).argsort(1).flatten()
     else:
         orders = torch.cat([permutation(n, s) for s in seeds.tolist()])
@@ -182,7 +183,7 @@ def even_indices(n, first, count, seed, shuffle=True):
 
 
 def occurrences(indices):
-    """How often each entry came before in (n,) indices: (n,) int64."""
+    """Counts, for each of the indices (n,), how often the same index came before it: int64 (n,)."""
     order = indices.argsort(stable=True)
     ordered = indices[order]
     starts = torch.searchsorted(ordered, ordered)

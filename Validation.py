@@ -1,5 +1,5 @@
-"""Validation: deterministic, by test transforms and by masks and codes that are the same every
-time."""
+"""What is measured and drawn during training. Every validation uses the same images, test
+transforms, masks and codes."""
 
 import math
 import time
@@ -28,7 +28,7 @@ class Examples:
     seeds: torch.Tensor  # (n,)
 
 
-def examples(images, count, transform, *, seed, num_workers=0, timeout=0, stopping):
+def examples(images, count, transform, *, seed, num_workers=0, timeout=0, stopping=lambda: False):
     """At most `count` images, evenly spaced; their seeds depend on their indices alone. Further
     arguments: those of Data.ImageLoader."""
     count = min(count, len(images))
@@ -39,18 +39,22 @@ def examples(images, count, transform, *, seed, num_workers=0, timeout=0, stoppi
     return Examples(loader, indices, mix_seeds(seed, Stream.EVALUATION, indices))
 
 
+# The metrics that `evaluate` gives for each image. To add a metric, name it here and return it
+# there: its mean is logged, drawn and listed.
+METRICS = ("loss_te", "loss_te_best", "loss_te_no_z", "code_spread")
+
+
 @torch.no_grad()
 def evaluate(model, images, mask_noise, seeds, *, codes_per_image, codes_per_pass, mask_ratio):
-    """Evaluates one chunk: (N, 4) with the loss averaged over codes, the loss of the best code, the
-    loss without code, and the standard deviation of completions over codes, averaged over masked
+    """METRICS of one chunk, {name: (N,)}: the loss averaged over codes, the loss of the best code,
+    the loss without code; the standard deviation of completions over codes, averaged over masked
     values. codes_per_image=0: evaluates without code only."""
     prefix = model.prefix(images, mask_noise, mask_ratio)
     plain = model.suffix(prefix, None).float()  # (N, M, P*P*3)
     plain_loss = image_losses(model, plain, images, prefix.mask)
     if not codes_per_image:
-        return torch.stack(
-            [plain_loss, plain_loss, plain_loss, torch.zeros_like(plain_loss)], dim=1
-        )
+        losses = dict.fromkeys(METRICS[:3], plain_loss)
+        return {**losses, "code_spread": torch.zeros_like(plain_loss)}
     best, total = torch.full_like(plain_loss, math.inf), torch.zeros_like(plain_loss)
     first_moment, second_moment = torch.zeros_like(plain), torch.zeros_like(plain)
     numbers = torch.arange(codes_per_image, device=images.device).expand(len(images), -1)
@@ -65,7 +69,12 @@ def evaluate(model, images, mask_noise, seeds, *, codes_per_image, codes_per_pas
         second_moment += difference.square().sum(1)
     variance = second_moment / codes_per_image - (first_moment / codes_per_image).square()
     spread = variance.clamp(min=0).sqrt().mean((1, 2))
-    return torch.stack([total / codes_per_image, best, plain_loss, spread], dim=1)
+    return {
+        "loss_te": total / codes_per_image,
+        "loss_te_best": best,
+        "loss_te_no_z": plain_loss,
+        "code_spread": spread,
+    }
 
 
 @dataclass
@@ -123,13 +132,13 @@ class Validation:
         return values
 
     def losses(self, model, with_codes):
-        """Losses and spread over codes, each image evaluated by one process."""
+        """The means of METRICS. Each image is evaluated by one process."""
         chosen, device = self.loss_examples, model.pos_embed.device
-        rows_of_all = torch.zeros(len(chosen.indices), 4, device=device)
+        values = torch.zeros(len(chosen.indices), len(METRICS), device=device)
         chunks = chosen.loader.chunks(chosen.indices, chosen.seeds, self.images_per_pass)
         for rows, images in Utils.watch(chunks, "validation", len(chosen.indices)):
             images, mask_noise, seeds = prepare(model, images, chosen.seeds[rows])
-            rows_of_all[rows] = evaluate(
+            metrics = evaluate(
                 model,
                 images,
                 mask_noise,
@@ -138,16 +147,14 @@ class Validation:
                 codes_per_pass=self.codes_per_pass,
                 mask_ratio=self.mask_ratio,
             )
-        sum_over_processes(rows_of_all)
-        names = ("loss_te", "loss_te_best", "loss_te_no_z", "code_spread")
-        return {
-            f"pretrain/{k}": v
-            for k, v in zip(names, rows_of_all.double().mean(0).tolist(), strict=True)
-        }
+            values[rows] = torch.stack([metrics[name] for name in METRICS], dim=1)
+        sum_over_processes(values)
+        means = values.double().mean(0).tolist()
+        return {f"pretrain/{name}": mean for name, mean in zip(METRICS, means, strict=True)}
 
     @torch.no_grad()
     def picture(self, model, name, chosen, step, with_codes):
-        """The grid of completions, on every process."""
+        """The grid of completions, a Pillow image, the same on all processes."""
         k = self.codes_per_picture if with_codes else 0
         device, (height, width) = model.pos_embed.device, model.config.image_size
         cells = torch.zeros(
@@ -165,15 +172,15 @@ class Validation:
 
 
 def prepare(model, images, seeds):
-    """uint8 images and int64 seeds from the host -> images normalised, mask noise and seeds on the
-    model's device."""
+    """Moves a chunk to the model's device: uint8 images (N,3,H,W), seeds (N,) -> normalised images,
+    mask noise (N,L), seeds."""
     device = model.pos_embed.device
     mask_noise = random_uniform(mix_seeds(seeds, Stream.MASK), model.pos_embed.shape[1] - 1)
     return normalize(images.to(device, non_blocking=True)), mask_noise.to(device), seeds.to(device)
 
 
 def caption(name, step, norm_pix_loss):
-    """What a grid shows."""
+    """The text below a grid of completions."""
     of = "training" if name.endswith("train") else "validation"
     text = f"Completions of {of} images after {step} gradient steps, visible patches pasted in."
     return text + plots.NORMALIZED if norm_pix_loss else text

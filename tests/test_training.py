@@ -232,13 +232,14 @@ def test_low_precision_hardly_changes_the_quality_of_the_choice(model):
 @torch.no_grad()
 def test_validation_equals_a_brute_force_over_codes(model, chunk):
     losses = brute_force(model, *chunk, 6)
-    rows = Validation.evaluate(model, *chunk, codes_per_image=6, codes_per_pass=4, mask_ratio=0.75)
+    found = Validation.evaluate(model, *chunk, codes_per_image=6, codes_per_pass=4, mask_ratio=0.75)
     prefix = model.prefix(*chunk[:2])
     pred = model.suffix(prefix, model.sample_codes(chunk[2], 6))
     spread = pred.std(1, correction=0).mean((1, 2))
     plain = Samplers.image_losses(model, model.suffix(prefix, None), chunk[0], prefix.mask)
-    expected = torch.stack([losses.mean(1), losses.min(1).values, plain, spread], dim=1)
-    torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-4)
+    expected = [losses.mean(1), losses.min(1).values, plain, spread]
+    expected = dict(zip(Validation.METRICS, expected, strict=True))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("parts", [1, 3, 4])
@@ -552,7 +553,7 @@ def test_on_a_gpu_nothing_is_mixed_with_the_cpu():
         results = [
             *TrainIMLE.choose_codes(model, *chunk, **options),
             *Samplers.choose_codes_surrogate(model, *chunk, **options, tries=4, rs_epsilon=0.1),
-            Validation.evaluate(model, *chunk, **options, mask_ratio=0.75),
+            *Validation.evaluate(model, *chunk, **options, mask_ratio=0.75).values(),
             Models.completions(model, *chunk[:2], model.sample_codes(chunk[2], 4), 0.75),
             model.encode(chunk[0], model.sample_codes(chunk[2], 1)[:, 0]),
             *Validation.prepare(model, pixels, chunk[2].cpu()),
