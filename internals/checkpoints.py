@@ -130,9 +130,8 @@ class Checkpoints:
     def restore(self, content):
         """Sets every part to its state in `content`, a checkpoint that was read."""
         for name, part in self.parts.items():
-            if (
-                hasattr(part, "load_state_dict") and content[name]
-            ):  # a disabled scaler saves nothing
+            has_state = hasattr(part, "load_state_dict")
+            if has_state and content[name]:  # the state of a disabled gradient scaler is empty
                 part.load_state_dict(content[name])
 
     def save(self, progress, *, metrics_size, keep=False):
