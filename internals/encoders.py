@@ -214,13 +214,11 @@ def image_features(model, images, seeds, parts, n_codes):
     return torch.stack([features[part] for part in parts], dim=1)
 
 
-def extract(model, loader, indices, seeds, *, device, batch_size, parts, n_codes=0, pace=None):
+def extract(model, loader, indices, seeds, *, device, batch_size, parts, n_codes=0):
     """`image_features` (n, len(parts), C) of the images indices (n,), cropped by seeds (n,),
-    batch_size at a time. Every process computes its share and gets all features. pace: a wrapper
-    of the iterator over chunks."""
+    batch_size at a time. Every process computes its share and gets all features."""
     features = torch.zeros(len(indices), len(parts), model.config.dim, device=device)
-    chunks = loader.chunks(indices, seeds, batch_size)
-    chunks = Data.copied(chunks if pace is None else pace(chunks), device)
+    chunks = Data.copied(loader.chunks(indices, seeds, batch_size), device)
     for rows, images in Utils.watch(chunks, "probe features", len(indices)):
         features[rows] = image_features(model, images, seeds[rows], parts, n_codes)
     sum_over_processes(features)

@@ -28,6 +28,7 @@ from Utils import (
     InputError,
     RunError,
     Stream,
+    duration,
     mix_seeds,
     permutation,
     rank,
@@ -45,9 +46,8 @@ SMALLEST_CROP = 0.08  # of MAE's probe, as a share of the image; MAE's pretraini
 
 
 # fmt: off
-def train_heads(heads, optimizer, batches, evaluate, keeper, *, epochs, warmup_epochs):
-    """Trains the heads from where keeper.progress stands. evaluate(): an epoch's metrics, each a
-    list with one value per head."""
+def train_heads(heads, optimizer, batches, test_sets, keeper, *, epochs, warmup_epochs):
+    """Trains the heads from where keeper.progress stands. test_sets: see evaluate."""
     progress, steps = keeper.progress, batches.steps
     rate = partial(
         Utils.learning_rate, base=1.0, minimum=0.0, start=0, ramp=warmup_epochs * steps,
@@ -58,52 +58,29 @@ def train_heads(heads, optimizer, batches, evaluate, keeper, *, epochs, warmup_e
             losses = train_step(heads, optimizer, features, labels, rate(progress.step))
             progress.step_done({"training_loss": losses.cpu()})
             keeper.after_step()
-        metrics = {"training_loss": progress.epoch_done()["training_loss"].tolist(), **evaluate()}
+        metrics = {"training_loss": progress.epoch_done()["training_loss"].tolist()}
+        metrics |= evaluate(heads, test_sets)
         best = max(range(len(metrics["top1"])), key=metrics["top1"].__getitem__)
         line = f"best top-1 {metrics['top1'][best]:.4f}, this head's training loss "
-        line += f"{metrics['training_loss'][best]:.4f}{batches.pace.text()}"
-        metrics = {name: json_numbers(values) for name, values in metrics.items()}
+        line += f"{metrics['training_loss'][best]:.4f}"
+        # JSON can't hold NaN and infinities: None stands for them.
+        metrics = json.loads(json.dumps(metrics), parse_constant=lambda _: None)
         keeper.after_epoch(metrics, line, epochs=epochs)
 
 
 # fmt: on
-def json_numbers(values):
-    """A list of numbers with None for those that are not finite, which JSON can't hold."""
-    return [value if math.isfinite(value) else None for value in values]
+def evaluate(heads, test_sets):
+    """{metric: list of one value per head}. test_sets: prefix of the metrics' names -> (features,
+    labels)."""
+    return {
+        prefix + name: values
+        for prefix, (features, labels) in test_sets.items()
+        for name, values in heads.evaluate(features, labels).items()
+    }
 
 
 # -------------------------------------------------------------------------------------------------
 # Features of images.
-
-
-class Pace:
-    """Measures how many images per second come from all processes, and the share of time that this
-    process waits for them."""
-
-    def __init__(self, device):
-        self.device, self.start, self.images, self.waited = device, time.perf_counter(), 0, 0.0
-
-    def __call__(self, batches):
-        """Passes (rows, images) on, and counts images and waiting time."""
-        batches = iter(batches)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            # The wait costs nothing while a GPU still computes.
-            if self.device.type != "cuda" or torch.cuda.current_stream(self.device).query():
-                self.waited += time.perf_counter() - start
-            if batch is None:
-                return
-            self.images += len(batch[1])
-            yield batch
-
-    def text(self):
-        """Such as "; 1,234 images/s, waiting for data 5%"; empty if there were no images."""
-        if not self.images:
-            return ""
-        seconds = time.perf_counter() - self.start
-        speed = self.images * world_size() / seconds
-        return f"; {speed:,.0f} images/s, waiting for data {self.waited / seconds:.0%}"
 
 
 @dataclass
@@ -139,46 +116,47 @@ class Encoder:
         """Seeds (n,) of the crops and codes of images indices (n,) in an epoch."""
         return mix_seeds(self.seed, Stream.PROBE, Stream.IMAGE, epoch, indices)
 
-    def images_that_fit(self, gigabytes):
-        """The number of images whose features fit into this memory, at least 1."""
-        bytes_per_image = 4 * len(self.parts) * self.model.config.dim
-        return max(1, int(gigabytes * 2**30 / bytes_per_image))
-
+    # fmt: off
     def test_features(self, title, images, indices):
         """Features (n, parts, dim) and labels (n,) of images indices (n,) with the test transform,
         on the device. title: of these images, for messages."""
-        pace = Pace(self.device)
+        start = time.perf_counter()
         loader, seeds = self.loader(images, training=False), self.seeds(0, indices)
-        # fmt: off
         features = extract(
             self.model, loader, indices, seeds, device=self.device, parts=self.parts,
-            batch_size=self.images_per_pass, n_codes=self.n_codes, pace=pace,
+            batch_size=self.images_per_pass, n_codes=self.n_codes,
         )
-        # fmt: on
         self.stop.check()
         if not features.isfinite().all():
             raise RunError(f"the features of {title} images are not finite numbers")
-        say(f"features of {len(indices):,} {title} images{pace.text()}")
+        seconds = duration(time.perf_counter() - start)
+        say(f"features of {len(indices):,} {title} images in {seconds}")
         return features, torch.as_tensor(images.targets)[indices].to(self.device)
 
 
+# fmt: on
 class Batches:
     """The training batches of every epoch. Their order, the images' crops and codes are pure
-    functions of seed and epoch. Every process gets a whole batch's features, so that BatchNorm and
-    the heads do not depend on the number of processes."""
+    functions of seed and epoch. Every process gets the features of a whole batch, so that BatchNorm
+    and the heads do not depend on the number of processes."""
 
-    def __init__(self, encoder, images, indices, batch_size, features=None):
-        """indices (n,): the images to train on; features (n, parts, dim): of these images, if they
-        are the same in every epoch and were computed before."""
-        self.encoder, self.indices, self.batch_size = encoder, indices, batch_size
+    def __init__(self, encoder, images, indices, batch_size, keep_gb):
+        """indices (n,): the images to train on. Without augmentation an image has the same features
+        in every epoch: they are computed once, here, if they fit into keep_gb."""
+        self.encoder, self.images, self.indices = encoder, images, indices
+        self.batch_size, self.steps = batch_size, len(indices) // batch_size  # as in MAE, no rest
         self.labels = torch.as_tensor(images.targets)[indices].to(encoder.device)
-        self.features, self.pace = features, Pace(encoder.device)
-        self.loader = encoder.loader(images, training=True) if features is None else None
-
-    @property
-    def steps(self):
-        """Batches per epoch. As in MAE, images that don't fill a batch are left out."""
-        return len(self.indices) // self.batch_size
+        gb_per_image = 4 * len(encoder.parts) * encoder.model.config.dim / 2**30
+        self.most = max(1, int(keep_gb / gb_per_image))  # images whose features fit
+        self.features = None
+        if not encoder.use_augs and len(indices) <= self.most:
+            self.features, _ = encoder.test_features("training", images, indices)
+        else:
+            self.loader = encoder.loader(images, training=True)
+            if not encoder.use_augs:
+                say(
+                    f"note: --keep_gb {keep_gb:g} can't keep the features; each epoch computes them"
+                )
 
     def __call__(self, epoch, first):
         """Yields features (batch_size, parts, dim), labels (batch_size,) from batch `first` on."""
@@ -188,9 +166,9 @@ class Batches:
         if self.features is None:
             features = self.computed(order, epoch)
         else:
-            features = (self.features[rows.to(self.features.device)] for rows in order)
+            features = (self.features[rows] for rows in order)
         for rows, batch in zip(order, features, strict=True):
-            yield batch, self.labels[rows.to(self.labels.device)]
+            yield batch, self.labels[rows]
 
     def computed(self, order, epoch):
         """Yields the features of each row of order (batches, batch_size). Each process computes its
@@ -201,12 +179,11 @@ class Batches:
         size = min(encoder.images_per_pass, -(-self.batch_size // 8))
         passes = torch.arange(self.batch_size).split(size)[rank() :: world_size()]
         rows = [batch * self.batch_size + part for batch in range(len(order)) for part in passes]
-        images = self.pace(self.loader.load(indices, seeds, rows))
-        images = Data.copied(images, encoder.device)
+        images = Data.copied(self.loader.load(indices, seeds, rows), encoder.device)
         images = iter(Utils.watch(images, f"epoch {epoch + 1}", len(indices)))
+        shape = self.batch_size, len(encoder.parts), encoder.model.config.dim
         for _ in order:
-            shape = len(encoder.parts), encoder.model.config.dim
-            features = torch.zeros(self.batch_size, *shape, device=encoder.device)
+            features = torch.zeros(shape, device=encoder.device)
             for part in passes:
                 rows, pixels = next(images)
                 features[part] = image_features(
@@ -214,6 +191,15 @@ class Batches:
                 )
             sum_over_processes(features)
             yield features
+
+    def test_features(self):
+        """Features and labels of the training images with the test transform; of evenly spaced
+        images if the features of all don't fit into keep_gb."""
+        if self.features is not None:
+            return self.features, self.labels
+        n = min(self.most, len(self.indices))
+        indices = self.indices[torch.arange(n) * len(self.indices) // n]
+        return self.encoder.test_features("training", self.images, indices)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -247,7 +233,7 @@ def make_plan(
             reason = "this encoder has one vector per image, no tokens; leave --pools out"
             raise InputError(f"--pools {pool}: {reason}")
     specs = [Head(pool, lr, wd) for pool in pools for wd in weight_decays for lr in learning_rates]
-    epochs = epochs or (50 if getattr(model.config, "depth", 0) >= 24 else 90)
+    epochs = epochs or (50 if model.config.depth >= 24 else 90)
     warmup_epochs = min(10, epochs // 5) if warmup_epochs is None else warmup_epochs
     labels = torch.as_tensor(images_tr.targets)
     train, held_out = torch.arange(len(labels)), torch.arange(0)
@@ -294,6 +280,7 @@ def probe_folder(save_folder, model_name, data_tr, model, settings):
 # One probe, put together.
 
 
+# fmt: off
 def full_probe(encoder, images_tr, images_val, plan, folder, *, name, keep_gb, save_minutes, flags):
     """Trains the heads of a Plan on an Encoder's features. Returns the result as plain data, and
     leaves it in `folder`, where a probe that was stopped goes on. name: of the model; keep_gb:
@@ -307,61 +294,40 @@ def full_probe(encoder, images_tr, images_val, plan, folder, *, name, keep_gb, s
     if start.checkpoint:
         checkpoints.restore(start.checkpoint)
     with Run(start, flags, curves=False) as run:
-        going_on = f"going on after step {progress.step} in {folder}"
-        say(going_on if start.checkpoint else f"new: {folder}")
-        test = encoder.test_features("validation", images_val, torch.arange(len(images_val)))
-        test_sets = {"": test}
+        step = progress.step
+        say(f"going on after step {step} in {folder}" if start.checkpoint else f"new: {folder}")
+        everything = torch.arange(len(images_val))
+        test_sets = {"": encoder.test_features("validation", images_val, everything)}
         if len(plan.held_out):
             test_sets["held_out_"] = encoder.test_features("held-out", images_tr, plan.held_out)
-        evaluate = partial(evaluate_heads, heads, test_sets)
-        batches = make_batches(encoder, images_tr, plan, keep_gb)
+        batches = Batches(encoder, images_tr, plan.train, plan.batch_size, keep_gb)
         keeper = Keeper(run, checkpoints, progress, encoder.stop, save_minutes=save_minutes)
         with keeper.saving_at_the_end():
-            # fmt: off
             train_heads(
-                heads, optimizer, batches, evaluate, keeper,
+                heads, optimizer, batches, test_sets, keeper,
                 epochs=plan.epochs, warmup_epochs=plan.warmup_epochs,
             )
-            # fmt: on
-        metrics = evaluate()
+        metrics = evaluate(heads, test_sets)
         best = choose(metrics, len(plan.held_out))
-        knn = knn_accuracy(encoder, images_tr, plan, plan.specs[best].pool, batches, test, keep_gb)
-        table = heads_table(plan.specs, metrics)
-        # fmt: off
+        (x, labels), (x_test, labels_test) = (
+            (features.flatten(1)[:, heads.columns[best]], labels)
+            for features, labels in (batches.test_features(), test_sets[""])
+        )
+        knn = nearest_neighbors(x, labels, x_test, labels_test)
+        table = heads_table(plan.specs, metrics, best)
         result = {
             "model": name, "probe": "full", "folder": str(folder), **table[best], "knn": knn,
             "n_train": len(images_tr), "n_held_out": len(plan.held_out), "n_val": len(images_val),
             "epochs": plan.epochs, "batch_size": plan.batch_size, "best": best, "heads": table,
         }
-        # fmt: on
         if rank() == 0:
-            predicted = heads.predict(test[0], best)
-            write_result(folder, result, metrics, confusion(test[1], predicted, images_tr.classes))
-    print_table(table, best)
+            predicted = heads.predict(test_sets[""][0], best)
+            mistakes = confusion(labels_test, predicted, images_tr.classes)
+            write_result(folder, result, metrics, mistakes)
     return result
 
 
-def evaluate_heads(heads, test_sets):
-    """{metric: list of one value per head}. test_sets: prefix of the metrics' names -> (features,
-    labels)."""
-    return {
-        prefix + name: values
-        for prefix, test in test_sets.items()
-        for name, values in heads.evaluate(*test).items()
-    }
-
-
-def make_batches(encoder, images_tr, plan, keep_gb):
-    """The Batches of training images. Without augmentation their features are the same in every
-    epoch: computed once, here, if they fit into keep_gb."""
-    features = None
-    if not encoder.use_augs and len(plan.train) <= encoder.images_that_fit(keep_gb):
-        features, _ = encoder.test_features("training", images_tr, plan.train)
-    elif not encoder.use_augs:
-        say(f"note: --keep_gb {keep_gb:g} can't keep the features; each epoch computes them")
-    return Batches(encoder, images_tr, plan.train, plan.batch_size, features)
-
-
+# fmt: on
 def choose(metrics, n_held_out):
     """The number of the best head by the held-out images: of the heads whose accuracy is within a
     standard error of the highest, the one with the lowest loss, which varies less. Without
@@ -375,56 +341,40 @@ def choose(metrics, n_held_out):
     return min(candidates, key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
 
 
-def knn_accuracy(encoder, images_tr, plan, pool, batches, test, keep_gb):
-    """The accuracy of nearest neighbours on the features of a pool, with the test transform; among
-    evenly spaced training images if the features of all don't fit into keep_gb."""
-    features, labels = batches.features, batches.labels
-    if features is None:
-        n = min(encoder.images_that_fit(keep_gb), len(plan.train))
-        indices = plan.train[torch.arange(n) * len(plan.train) // n]
-        features, labels = encoder.test_features("training", images_tr, indices)
-    columns = [plan.parts.index(part) for part in POOLS[pool]]
-    features, features_test = (x[:, columns].flatten(1) for x in (features, test[0]))
-    return nearest_neighbors(features, labels, features_test, test[1])
-
-
 # -------------------------------------------------------------------------------------------------
 # The result.
 
 
-def heads_table(specs, metrics):
-    """A dict for each head: its settings and its accuracies as fractions."""
+def heads_table(specs, metrics, best):
+    """Prints and returns a table: a dict for each head, its settings and its accuracies as
+    fractions."""
     names = [name for name in ("held_out_top1", "top1", "top5") if name in metrics]
-    return [
+    table = [
         {**spec._asdict(), **{name: metrics[name][number] for name in names}}
         for number, spec in enumerate(specs)
     ]
-
-
-def print_table(table, best):
-    """Prints the table of all heads."""
     say("  ".join(f"{name:>13}" for name in table[0]))
     for number, head in enumerate(table):
         cells = (value if isinstance(value, str) else f"{value:.4g}" for value in head.values())
         say("  ".join(f"{cell:>13}" for cell in cells) + "  <- best" * (number == best))
+    return table
 
 
 def confusion(labels, predicted, classes, most=10):
-    """Which classes the images of the worst classes are taken for: the names of the `most` classes
-    with the lowest accuracy; the names of these and of the other classes predicted most for them;
-    the shares (rows, columns) of the images of a row that are predicted as the column's class."""
-    n = len(classes)
-    labels, predicted = labels.cpu(), predicted.cpu()
+    """The `most` classes with the lowest accuracy, and how their images are classified.
+
+    Returns the names of these classes; the same names and those of the other classes that are
+    predicted most for these images; the shares (rows, columns) of a row's images that are predicted
+    as the column's class."""
+    labels, predicted, n = labels.cpu(), predicted.cpu(), len(classes)
     counts = torch.bincount(labels, minlength=n)
-    correct = torch.bincount(labels[labels == predicted], minlength=n)
-    accuracy = torch.where(counts > 0, correct / counts, math.inf)
-    rows = accuracy.argsort(stable=True)[:most]
-    rows = rows[counts[rows] > 0].sort().values
+    accuracy = torch.bincount(labels[labels == predicted], minlength=n) / counts
+    present = labels.unique()
+    rows = present[accuracy[present].argsort(stable=True)[:most]].sort().values
     shares = torch.stack(
         [torch.bincount(predicted[labels == row], minlength=n) / counts[row] for row in rows]
     )
-    totals = shares.sum(0)
-    totals[rows] = 0
+    totals = shares.sum(0).index_fill(0, rows, 0)
     others = totals.argsort(descending=True, stable=True)[:most]
     columns = torch.cat([rows, others[totals[others] > 0]])
     return [classes[i] for i in rows], [classes[i] for i in columns], shares[:, columns].tolist()

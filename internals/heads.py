@@ -53,9 +53,9 @@ class Heads(nn.Module):
         per head. Accuracies are fractions."""
         self.eval()
         sums = torch.zeros(3, len(self.linears), dtype=torch.float64, device=features.device)
-        for rows in torch.arange(len(labels), device=labels.device).split(IMAGES_PER_PASS):
-            truth = labels[rows]
-            for number, logits in enumerate(self(features[rows])):
+        passes = zip(features.split(IMAGES_PER_PASS), labels.split(IMAGES_PER_PASS), strict=True)
+        for some_features, truth in passes:
+            for number, logits in enumerate(self(some_features)):
                 best = logits.topk(min(5, logits.shape[1])).indices  # (n, 5)
                 hits, loss = best == truth[:, None], F.cross_entropy(logits, truth, reduction="sum")
                 sums[:, number] += torch.stack([hits[:, 0].sum(), hits.sum(), loss])
@@ -64,24 +64,22 @@ class Heads(nn.Module):
 
     @torch.no_grad()
     def predict(self, features, number):
-        """The classes (n,) that head `number` predicts."""
+        """The classes (n,) that head `number` predicts for features (n, parts, dim)."""
         self.eval()
-        logits = (self(x)[number] for x in features.split(IMAGES_PER_PASS))
-        classes = torch.cat([part.argmax(1) for part in logits])
+        logits = (self(some)[number] for some in features.split(IMAGES_PER_PASS))
+        classes = torch.cat([some.argmax(1) for some in logits])
         self.train()
         return classes
 
 
 def lars(heads, specs, images_per_step):
-    """timm's LARS as in MAE's probe: weights adapt their rates; biases don't, and don't decay. The
-    learning rate of a group is its `base` times the schedule's, see train_step."""
+    """timm's LARS as in MAE's probe: the rate of a weight adapts to its size; the rate of a bias
+    does not, and biases don't decay. `base` is each group's base rate, which train_step reads."""
     groups = []
     for linear, spec in zip(heads.linears, specs, strict=True):
         base = {"base": spec.lr * images_per_step / 256}
-        groups += [
-            {"params": [linear.weight], "weight_decay": spec.wd, "always_adapt": True, **base},
-            {"params": [linear.bias], "weight_decay": 0.0, "always_adapt": False, **base},
-        ]
+        weight = {"params": [linear.weight], "weight_decay": spec.wd, "always_adapt": True}
+        groups += [weight | base, {"params": [linear.bias], "weight_decay": 0.0} | base]
     return Lars(groups, lr=0.0, momentum=0.9, trust_coeff=0.001)
 
 

@@ -403,7 +403,7 @@ def test_each_epoch_crops_an_image_anew_by_seed_epoch_and_image_alone():
         loader_timeout=0,
         stop=StopAfter(-1),
     )
-    batches = full_probe.Batches(encoder, images, indices, batch_size=3)
+    batches = full_probe.Batches(encoder, images, indices, batch_size=3, keep_gb=1)
     batches.labels = torch.arange(7)  # as names of the images
     epochs = [list(batches(epoch, first=0)) for epoch in (0, 1)]
     assert [len(epoch) for epoch in epochs] == [2, 2]
