@@ -108,21 +108,21 @@ class FastProbe:
         train = Data.few_shot(images_tr, ways, shots, seed)
         test = Data.with_classes(images_val, train.classes)
         transform_tr, transform_te = transforms(image_size, use_augs)
-        self.sets = []  # (loader, indices, seeds, labels) of the training and of the test images
+        self.sets = []  # of the training and of the test images: model -> features; labels
         for images, transform, copies in (
             (train, transform_tr, augs_per_image), (test, transform_te, 1)
         ):
             indices = torch.arange(len(images)).repeat(copies)
             seeds = mix_seeds(seed, Stream.PROBE, indices, Data.occurrences(indices))
-            labels = torch.as_tensor(images.targets)[indices].to(device)
             loader = Data.ImageLoader(
                 images, transform, num_workers=num_workers, timeout=loader_timeout,
                 stopping=stopping,
             )
-            self.sets.append((loader, indices, seeds, labels))
-        self.extract = partial(
-            extract, device=device, batch_size=images_per_pass, parts=(pool,), n_codes=n_codes
-        )
+            features = partial(
+                extract, loader=loader, indices=indices, seeds=seeds, device=device,
+                batch_size=images_per_pass, parts=(pool,), n_codes=n_codes,
+            )
+            self.sets.append((features, torch.as_tensor(images.targets)[indices].to(device)))
         self.train_head = partial(
             linear_probe, lr=lr, epochs=epochs, batch_size=batch_size, seed=seed
         )
@@ -131,15 +131,12 @@ class FastProbe:
     @property
     def sizes(self):
         """Numbers of training and test images."""
-        return tuple(len(indices) for _, indices, _, _ in self.sets)
+        return tuple(len(labels) for _, labels in self.sets)
 
     def __call__(self, model):
         """{"top1", "top5", "knn"} of the model's encoder, fractions."""
-        (features, labels), (features_test, labels_test) = (
-            (self.extract(model, loader, indices, seeds)[:, 0], labels)
-            for loader, indices, seeds, labels in self.sets
-        )
-        return self.train_head(features, labels, features_test, labels_test)
+        train, test = ((features(model)[:, 0], labels) for features, labels in self.sets)
+        return self.train_head(*train, *test)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -165,10 +162,9 @@ def start(flags):
         skip_bad_images=bool(flags.skip_bad_images),
         same_classes=False,
     )
-    with naming("--data_tr"):
-        if len(images_tr.classes) < 2:
-            n = len(images_tr.classes)
-            raise InputError(f"a probe needs at least two classes, there is {n}")
+    if len(images_tr.classes) < 2:
+        n = len(images_tr.classes)
+        raise InputError(f"--data_tr: a probe needs at least two classes, there is {n}")
     with naming("--data_val"):
         extra = sorted(set(images_val.classes) - set(images_tr.classes))
         if extra and flags.train_n_way == -1:

@@ -60,7 +60,7 @@ def train_heads(heads, optimizer, batches, test_sets, keeper, *, epochs, warmup_
             keeper.after_step()
         metrics = {"training_loss": progress.epoch_done()["training_loss"].tolist()}
         metrics |= evaluate(heads, test_sets)
-        best = max(range(len(metrics["top1"])), key=metrics["top1"].__getitem__)
+        best = metrics["top1"].index(max(metrics["top1"]))
         line = f"best top-1 {metrics['top1'][best]:.4f}, this head's training loss "
         line += f"{metrics['training_loss'][best]:.4f}"
         # JSON can't hold NaN and infinities: None stands for them.
@@ -167,8 +167,7 @@ class Batches:
             features = self.computed(order, epoch)
         else:
             features = (self.features[rows] for rows in order)
-        for rows, batch in zip(order, features, strict=True):
-            yield batch, self.labels[rows]
+        return zip(features, self.labels[order], strict=True)
 
     def computed(self, order, epoch):
         """Yields the features of each row of order (batches, batch_size). Each process computes its
