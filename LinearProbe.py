@@ -48,11 +48,12 @@ def linear_probe(
     weight_decay=0.01,
     seed=0,
 ):
-    """Trains a linear head on features (n, C), labels (n,), and evaluates the head on other ones.
-    Returns accuracies as fractions: "top1", "top5", and "knn" of `nearest_neighbors`.
+    """Trains a linear head on features (n, C) and labels (n,), and evaluates the head on the test
+    features. Returns accuracies as fractions: "top1", "top5", and "knn" of `nearest_neighbors`.
 
-    AdamW with warm-up for a tenth of the steps, then cosine decay; features are standardised by
-    mean and deviation of the training features. `seed` determines all random numbers."""
+    AdamW; the learning rate rises for a tenth of the steps, then follows a cosine to 0. Features
+    are standardised by the training features' mean and deviation. `seed` determines all random
+    numbers."""
     mean, std = features.mean(0), features.std(0) + 1e-6
     features, features_test = (features - mean) / std, (features_test - mean) / std
     n, n_classes = len(features), int(max(labels.max(), labels_test.max())) + 1
@@ -92,9 +93,9 @@ class FastProbe:
         use_augs=True, images_per_pass, pool="mean", n_codes=0, lr, epochs, batch_size, seed=0,
         num_workers=0, loader_timeout=0, stopping=lambda: False,
     ):
-        """n_way, n_shot: the most classes, and training images per class; pool: "mean" of the patch
-        tokens or "cls"; n_codes: number of codes over which features are averaged, 0: no codes; lr,
-        epochs, batch_size: of linear_probe; loader_timeout, stopping: of ImageLoader."""
+        """n_way, n_shot: at most so many classes, and training images per class; pool: "mean" of
+        the patch tokens, or "cls"; n_codes: features are means over so many codes, 0: no codes;
+        lr, epochs, batch_size: see linear_probe; loader_timeout, stopping: see ImageLoader."""
         n_classes = len(images_tr.classes)
         if n_classes < 2:
             raise InputError(
@@ -245,8 +246,8 @@ COLUMNS = (  # of results.csv
 
 
 def append_row(path, values):
-    """Appends a row of these values, a dict, to a CSV file, under the file's own heading or, in a
-    new file, under COLUMNS."""
+    """Appends a row to a CSV file. values: column name -> value. An existing file keeps its own
+    columns; a new file gets COLUMNS."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")), open(path, "a+", newline="") as file:

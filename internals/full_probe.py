@@ -85,7 +85,7 @@ def evaluate(heads, test_sets):
 
 @dataclass
 class Encoder:
-    """A frozen encoder, and all that its features of an image depend on."""
+    """A frozen encoder, and the settings for computing its features of images."""
 
     model: torch.nn.Module
     device: torch.device
@@ -99,7 +99,8 @@ class Encoder:
     stop: StopSignal
 
     def loader(self, images, *, training):
-        """The ImageLoader of images: with random crops, if use_augs, for training."""
+        """The ImageLoader of images. training: with random crops and flips, if use_augs is set;
+        else with the test transform."""
         crops, test = transforms(self.model.config.image_size, self.use_augs, SMALLEST_CROP)
         return Data.ImageLoader(
             images,
@@ -142,21 +143,20 @@ class Batches:
 
     def __init__(self, encoder, images, indices, batch_size, keep_gb):
         """indices (n,): the images to train on. Without augmentation an image has the same features
-        in every epoch: they are computed once, here, if they fit into keep_gb."""
+        in every epoch: if the features of all images fit into keep_gb, computes them here, once."""
         self.encoder, self.images, self.indices = encoder, images, indices
-        self.batch_size, self.steps = batch_size, len(indices) // batch_size  # as in MAE, no rest
+        self.batch_size = batch_size
+        self.steps = len(indices) // batch_size  # as in MAE, images that fill no batch are left out
         self.labels = torch.as_tensor(images.targets)[indices].to(encoder.device)
         gb_per_image = 4 * len(encoder.parts) * encoder.model.config.dim / 2**30
         self.most = max(1, int(keep_gb / gb_per_image))  # images whose features fit
         self.features = None
         if not encoder.use_augs and len(indices) <= self.most:
             self.features, _ = encoder.test_features("training", images, indices)
-        else:
-            self.loader = encoder.loader(images, training=True)
-            if not encoder.use_augs:
-                say(
-                    f"note: --keep_gb {keep_gb:g} can't keep the features; each epoch computes them"
-                )
+            return
+        self.loader = encoder.loader(images, training=True)
+        if not encoder.use_augs:
+            say(f"note: --keep_gb {keep_gb:g} can't keep the features; each epoch computes them")
 
     def __call__(self, epoch, first):
         """Yields features (batch_size, parts, dim), labels (batch_size,) from batch `first` on."""

@@ -42,10 +42,8 @@ class Heads(nn.Module):
     def forward(self, features):
         """Features (n, parts, dim) -> a list of logits (n, classes), one tensor per head."""
         x = self.norm(features.flatten(1))  # (n, parts * dim)
-        return [
-            linear(x[:, columns])
-            for linear, columns in zip(self.linears, self.columns, strict=True)
-        ]
+        heads = zip(self.linears, self.columns, strict=True)
+        return [linear(x[:, columns]) for linear, columns in heads]
 
     @torch.no_grad()
     def evaluate(self, features, labels):

@@ -321,18 +321,8 @@ def test_a_probe_leaves_a_table_a_picture_and_a_row_per_run(tmp_path, probe_here
     assert best["held_out_top1"] >= max(row["held_out_top1"] for row in table) - 0.16
     assert all(first[key] == best[key] for key in ("top1", "top5", "pool", "lr", "wd"))
     assert (first["n_train"], first["n_held_out"]) == (120, 10)
-    probe_here(
-        *MODEL,
-        *CPU,
-        "--fast",
-        1,
-        "--val_n_shot",
-        4,
-        "--probe_epochs",
-        1,
-        "--save_folder",
-        tmp_path,
-    )
+    fast = ["--fast", 1, "--val_n_shot", 4, "--probe_epochs", 1, "--save_folder", tmp_path]
+    probe_here(*MODEL, *CPU, *fast)
     with open(tmp_path / "probes/results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["probe"] for row in rows] == ["full", "full", "fast"]
