@@ -176,7 +176,7 @@ def lock_folder(folder, patience=5.0):
     while is_locked(file, fcntl.LOCK_EX):
         if time.monotonic() > end:
             file.seek(0)
-            raise InputError(f"--uid: {folder} is in use by {file.read() or 'another process'}")
+            raise InputError(f"{folder} is in use by {file.read() or 'another process'}")
         time.sleep(0.1)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
@@ -243,7 +243,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock_folder(self.folder)
         if checkpoint_paths(self.folder) != self.start.paths:
-            raise InputError(f"--uid: another process went on with {self.folder} meanwhile")
+            raise InputError(f"another process went on with {self.folder} meanwhile")
         for folder in folders:
             for unfinished in folder.glob(".*.tmp"):
                 unfinished.unlink()
