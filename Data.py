@@ -98,7 +98,7 @@ def few_shot(images, n_way, n_shot, seed):
     `seed` chooses. -1 means all. An InputError if the data has fewer."""
     n_classes = len(images.classes)
     if n_way in (-1, n_classes) and n_shot == -1:
-        return images  # the same, without the memory of a subset
+        return images  # a Subset of all images would only need more memory
     ways = range(n_classes) if n_way == -1 else [i * n_classes // n_way for i in range(n_way)]
     if len(ways) > n_classes:
         raise InputError(f"{n_way} classes wanted, but there are {n_classes}")
@@ -123,7 +123,7 @@ def with_classes(images, classes):
     missing = [name for name in classes if name not in images.class_to_idx]
     if missing:
         raise InputError(
-            f"no class {missing[0]}, which the training data has"
+            f"no class {missing[0]}, which is a class of the training data"
             + f" ({len(missing)} such)" * (len(missing) > 1)
         )
     ways = [images.class_to_idx[name] for name in classes]
@@ -131,8 +131,8 @@ def with_classes(images, classes):
 
 
 def staged_path(path, folder):
-    """The path of a file's copy in `folder`, which repeats the tree of folders from the root on;
-    the path itself if folder is None."""
+    """The path of the copy of `path` in `folder`, where copies lie under their whole absolute path:
+    FOLDER/data/train.tar for /data/train.tar. If folder is None, the path itself."""
     return f"{folder}{os.path.abspath(Path(path).expanduser())}" if folder else path
 
 
@@ -148,9 +148,9 @@ def open_pair(
     image_decoder="pillow",
     skip_bad_images=False,
 ):
-    """Opens the training images, reduced to a few-shot subset, and the validation images: of the
-    same classes, unless same_classes is False, when no labels are needed. Errors name the flag.
-    staged: a folder of copies, which are read instead."""
+    """Opens the training images, reduced to a few-shot subset, and the validation images, reduced
+    to the same classes. same_classes=False, for runs without labels: validation images of all
+    classes. staged: a folder of copies to read instead, see staged_path. Errors name the flag."""
     options = {"image_decoder": image_decoder, "skip_bad_images": skip_bad_images}
     with naming("--data_tr"):
         images_tr = open_images(staged_path(data_tr, staged), **options)
@@ -193,8 +193,9 @@ def occurrences(indices):
 
 
 class SeededImages(Dataset):
-    """Items (index, seed) -> uint8 (3, H, W), the image transformed with random numbers from the
-    seed alone; and whether another image replaced it, which skip_bad allows for a damaged one."""
+    """Item (index, seed): the image, uint8 (3, H, W), transformed with random numbers that depend
+    on the seed alone; and whether another image replaced it. Only damaged images are replaced, and
+    only if images.skip_bad is set."""
 
     def __init__(self, images, transform):
         self.images, self.transform = images, transform
@@ -222,7 +223,8 @@ class SeededImages(Dataset):
 
 
 class Requests:
-    """The batches that the workers are to load: an iterable of lists of (index, seed)."""
+    """The batches that the workers are to load: an iterable of lists of (index, seed), which
+    ImageLoader.load replaces before each pass. The same workers can then serve all passes."""
 
     def __init__(self):
         self.batches = ()
@@ -257,10 +259,10 @@ class ImageLoader:
             persistent_workers=persistent and num_workers > 0,
             pin_memory=pin_memory,
             timeout=timeout / 2 if num_workers else 0,
-            # A launched process would else spawn its workers, and each would import torch again.
+            # By default, a process of `launch` spawns its workers, and each imports torch again.
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
             worker_init_fn=ignore_stop_signals,
-            generator=torch.Generator(),  # its own: else each pass draws from the global generator
+            generator=torch.Generator(),  # without it, passes draw from torch's global generator
         )
 
     def load(self, indices, seeds, batches):
@@ -290,7 +292,8 @@ class ImageLoader:
 
     def next_batch(self, loaded, indices):
         """The next batch of `loaded`, of these images; a RunError if it takes too long."""
-        for _ in range(2):  # a run that was suspended wakes up with its first wait over
+        # Two waits of half the timeout: after a suspended run wakes up, the first is over at once.
+        for _ in range(2):
             try:
                 return next(loaded)
             except RuntimeError as error:
@@ -323,8 +326,8 @@ class ImageLoader:
 
 
 def copied(batches, device):
-    """Passes (rows, images) on with the images on the device. On a GPU, images are copied while it
-    still computes on those before."""
+    """Yields (rows, images) with the images on the device. A GPU copies a batch while it still
+    computes on the batch before."""
     if device.type != "cuda":
         yield from ((rows, images.to(device)) for rows, images in batches)
         return
@@ -348,10 +351,10 @@ class Pool:
 
     images: Dataset
     indices: torch.Tensor  # (n,) into images
-    seeds: torch.Tensor  # (n,) int64, of crops and codes
+    seeds: torch.Tensor  # (n,) int64, for crops and codes
     mask_seeds: torch.Tensor  # (n,) int64
     n_patches: int  # L
-    minibatch_seed: torch.Tensor  # of the order of minibatches
+    minibatch_seed: torch.Tensor  # for the order of images in minibatches
     shuffle: bool
 
     def mask_noise(self, rows):
@@ -395,20 +398,22 @@ class Batch:
 def minibatches(
     pool, loader, device, *, steps, size, code_numbers=None, code_free_share=0.0, step=0, done=0
 ):
-    """Yields the epoch's minibatches but for the first `done`, as Batches: shuffled passes over the
-    pool, cut into `steps` minibatches of `size`. The first that it yields is the run's step `step`.
+    """Yields this process's share of each minibatch of the epoch, as a Batch, without the first
+    `done`. Minibatches: shuffled passes over the pool, cut into `steps` pieces of `size` images.
+    The first Batch is for the run's gradient step `step`.
 
-    code_numbers: (pool,) of the chosen codes, None for a plain MAE; a code_free_share of the run's
-    steps, evenly spaced, goes without codes."""
+    code_numbers: of the pool's chosen codes (n,), None for a plain MAE. code_free_share: share of
+    the run's steps, evenly spaced, that are taken without codes."""
     n = steps * size
     stream = even_indices(len(pool.indices), 0, n, pool.minibatch_seed, pool.shuffle)
-    wholes = stream.view(steps, size)[done:]
-    shares = [whole[rank() :: world_size()] for whole in wholes]
+    minibatch_rows = stream.view(steps, size)[done:]  # (steps - done, size) rows of the pool
+    shares = [all_rows[rank() :: world_size()] for all_rows in minibatch_rows]
     loaded = copied(loader.load(pool.indices, pool.seeds, shares), device)
-    for number, (whole, (rows, images)) in enumerate(zip(wholes, loaded, strict=True), step):
+    pairs = zip(minibatch_rows, loaded, strict=True)
+    for number, (all_rows, (rows, images)) in enumerate(pairs, step):
         code_free = int((number + 1) * code_free_share) > int(number * code_free_share)
         numbers = None if code_free or code_numbers is None else code_numbers[rows]
-        names = partial(image_names, pool.images, pool.indices[whole])
+        names = partial(image_names, pool.images, pool.indices[all_rows])
         yield Batch(images, pool.mask_noise(rows), pool.seeds[rows], numbers, number, names)
 
 

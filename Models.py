@@ -1,8 +1,9 @@
 """A masked autoencoder (He et al. 2022) with latent codes injected into its blocks: pure tensors in
 and out.
 
-Letters in shapes: N images, K codes per image, L patches, V visible and M masked ones (V + M = L),
-T tokens, C channels, D numbers per code, P pixels along a patch."""
+Letters in shapes: N images, K codes per image, L patches, V visible patches, M masked patches to
+predict (V + M = L if all are predicted), T tokens, C channels, D numbers per code, P pixels along a
+patch."""
 
 import copy
 import dataclasses
@@ -31,7 +32,7 @@ class FieldError(InputError):
 
 
 ADAIN_INITS = ("original", "identity")
-LARGEST_SIZE = 2**16  # the bound of all whole numbers in a config
+LARGEST_SIZE = 2**16  # the largest whole number that a config may hold
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class ModelConfig:
     decoder_depth: int = 8
     decoder_num_heads: int = 16
     decoder: str = "self"  # a key of DECODERS
-    norm_eps: float = 1e-6  # of every LayerNorm; other values only in weights from elsewhere
+    norm_eps: float = 1e-6  # of every LayerNorm; differs only in weights of other repositories
     # True: predicts patches normalised by their own mean and deviation; False: predicts pixels.
     norm_pix_loss: bool = True
     # Pairs (place, method). Places: encoder blocks 0..., decoder blocks from `depth` on, "mask".
@@ -172,13 +173,12 @@ class Injection(nn.Module):
     the channels C of its place and the number of positions 1+L."""
 
     code_dim: int  # how many numbers of a code it reads; set in __init__
-    after_norm = (
-        False  # True: placed at the last encoder or decoder block, acts after the LayerNorm
-    )
+    # True: behind the last block of the encoder or decoder, acts after the LayerNorm that follows.
+    after_norm = False
     surrogate_can_learn = True  # False: --sampler surrogate is refused
 
     def features(self, codes):
-        """codes (..., code_dim) -> (..., F): what the surrogate compares codes by."""
+        """codes (..., code_dim) -> features (..., F), by which the surrogate compares codes."""
         return codes
 
     def forward(self, tokens, codes, positions):
@@ -380,7 +380,10 @@ class CrossBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-DECODERS = {"self": Block, "cross": CrossBlock}  # ModelConfig.decoder -> class of its blocks
+# ModelConfig.decoder -> class of the decoder's blocks. To add a decoder, add a class: a subclass of
+# CrossBlock is called with (tokens, memory); any other needs the parts of timm's Block that
+# `run_block` uses.
+DECODERS = {"self": Block, "cross": CrossBlock}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -439,11 +442,12 @@ class ImplicitMAE(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.config.dim, -1))
 
     def _add_injections(self):
-        """Builds the injections of ip_spec; their codes lie side by side, in its order."""
+        """Builds the injections of ip_spec. A code holds the numbers of all injections, side by
+        side, in the order of ip_spec."""
         c, n_positions = self.config, self.pos_embed.shape[1]
         self.injections = nn.ModuleDict()
         self.code_dim = 0  # D
-        self.injected_at = {}  # point, see _inject -> key of its injection, its slice of a code
+        self.injected_at = {}  # point (see _inject) -> (key in self.injections, slice of a code)
         points_after_norm = {c.depth - 1: "norm", self.n_blocks - 1: "decoder_norm"}
         for place, method in c.ip_spec:
             in_encoder = place != "mask" and place < c.depth
@@ -454,8 +458,9 @@ class ImplicitMAE(nn.Module):
             self.injected_at[point] = str(place), code_slice
             self.code_dim = code_slice.stop
 
-        # How many blocks run in `prefix`: all up to the first injection. The last block of a model
-        # without injections and a cross decoder run in `suffix`, for the tokens to predict only.
+        # How many blocks run in `prefix`: all up to the first injection. But the last block of a
+        # model without injections and all blocks of a cross decoder run in `suffix`: there they
+        # compute only the tokens to predict.
         injected_blocks = [c.depth - 1 if place == "mask" else place for place, _ in c.ip_spec]
         self.prefix_blocks = min(injected_blocks, default=self.n_blocks - 2) + 1
         if self.cross_decoder:
@@ -463,8 +468,8 @@ class ImplicitMAE(nn.Module):
 
     def prefix(self, images, mask_noise, mask_ratio=0.75, predict_ratio=1.0):
         """Runs the network up to the first injection: images (N,3,H,W) normalised, mask_noise (N,L)
-        -> a Prefix for `suffix`. predict_ratio: share of all patches to predict, taken from the
-        masked patches with the lowest mask_noise, at most all of them."""
+        -> a Prefix for `suffix`. predict_ratio: number of patches to predict, as a share of L: the
+        masked patches with the lowest mask_noise, or all masked patches if these are fewer."""
         length = mask_noise.shape[1]
         n_visible = int(length * (1 - mask_ratio))
         n_predicted = max(1, min(length - n_visible, round(length * predict_ratio)))
@@ -512,8 +517,8 @@ class ImplicitMAE(nn.Module):
 
     def encode(self, images, codes=None):
         """Runs the encoder on all patches: images (N,3,H,W) normalised, codes (N, D) or None ->
-        tokens (N, 1+L, C) after the last norm; codes (N, K, D) -> (N, K, 1+L, C), with 1 for K
-        where no encoder block reads codes."""
+        tokens (N, 1+L, C) after the encoder's last norm; codes (N, K, D) -> (N, K, 1+L, C), or
+        (N, 1, 1+L, C) if the encoder has no injection."""
         positions = torch.arange(self.pos_embed.shape[1], device=images.device)
         positions = positions.expand(len(images), -1)
         several = codes is not None and codes.ndim == 3
@@ -642,9 +647,9 @@ def in_precision(model, dtype):
 
 
 def parameter_groups(model, weight_decay):
-    """Groups for AdamW: the parameters of the MAE (part "mae") and of the injections (part "z"),
-    each with weight decay and, for biases, norms and tokens, without. Frozen position embeddings
-    are left out."""
+    """Groups for AdamW: the parameters of the MAE (part "mae") and of the injections (part "z").
+    Each part has a group with weight decay, and a group without, for biases, norms and tokens.
+    Frozen position embeddings are left out."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

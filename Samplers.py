@@ -1,7 +1,8 @@
 """Passes of codes, the loss by which codes are chosen, and the surrogate, which chooses among many
 codes but tries only some of them. Pure tensors in and out.
 
-Letters in shapes: N images, S codes per image, k of these, Q predicted values."""
+Letters in shapes: those of Models.py; S codes per image to choose from, k of these (those of one
+pass, or those tried so far), Q predicted values of an image."""
 
 import math
 
@@ -53,9 +54,9 @@ def choose_codes_surrogate(
     rs_epsilon=0.0,
     prefix=None,
 ):
-    """Like TrainIMLE.choose_codes, but tries only `tries` of the codes: a third of the tries take
-    the first codes, then rounds of a sixth take the codes with the lowest predicted losses. The
-    mean loss is over the first third."""
+    """Like TrainIMLE.choose_codes, but tries only `tries` of the codes: first a third of `tries`,
+    the first codes of the sequence; then, in rounds of a sixth, the codes with the lowest predicted
+    losses. The mean loss is over the first third only."""
     if prefix is None:
         prefix = model.prefix(images, mask_noise, mask_ratio, predict_ratio)
     numbers = torch.arange(codes_per_image, device=images.device).expand(len(images), -1)  # (N, S)
@@ -67,9 +68,9 @@ def choose_codes_surrogate(
     residuals, losses = try_codes(model, prefix, images, seeds, tried, codes_per_pass)
     while (left := tries - tried.shape[1]) > 0:
         n_next = min(left, per_round)
-        following = most_promising(kernel, tried, residuals, n_next, rs_epsilon)  # (N, n_next)
-        results = try_codes(model, prefix, images, seeds, following, codes_per_pass)
-        tried = torch.cat([tried, following], dim=1)
+        next_tried = most_promising(kernel, tried, residuals, n_next, rs_epsilon)  # (N, n_next)
+        results = try_codes(model, prefix, images, seeds, next_tried, codes_per_pass)
+        tried = torch.cat([tried, next_tried], dim=1)
         residuals, losses = (
             torch.cat(pair, dim=1) for pair in zip((residuals, losses), results, strict=True)
         )
@@ -81,8 +82,8 @@ def choose_codes_surrogate(
 
 
 def try_codes(model, prefix, images, seeds, numbers, codes_per_pass):
-    """Residuals (N, k, Q), prediction minus target, and losses (N, k) of the codes with the numbers
-    (N, k) in the sequences of seeds (N,)."""
+    """Runs the network with the codes that have the numbers (N, k) in the sequences of seeds (N,).
+    Returns residuals (N, k, Q), prediction minus target, and losses (N, k)."""
     residuals, losses = [], []
     for codes in code_passes(model, prefix, seeds, numbers, codes_per_pass):
         pred = model.suffix(prefix, codes)  # (N, k, M, P*P*3)
@@ -101,31 +102,34 @@ def most_promising(kernel, tried, residuals, count, rs_epsilon=0.0):
 
 
 def predicted_losses(kernel, tried, residuals, ridge=0.1):
-    """The squared error (N, S) of every code, if its completion is a weighted sum of the tried
-    codes' completions, with the weights of kernel ridge regression (Saunders et al. 1998) around
-    their mean.
+    """Predicts the loss (N, S) of every code. Kernel ridge regression (Saunders et al. 1998)
+    predicts a code's completion: a weighted sum of the tried codes' completions. The predicted loss
+    is the mean squared error of this sum.
 
     kernel (N, S, S) of the codes' features; tried (N, k): numbers of the tried codes; residuals
-    (N, k, Q): their predictions minus the target; ridge: share of the tried codes' mean squared
-    distance from their mean."""
+    (N, k, Q): their predictions minus the target; ridge: the regularisation, as a share of the
+    mean squared distance of the tried codes' features from their mean."""
     n, k = tried.shape
     columns = tried[:, None].expand(-1, k, -1)
     rows = kernel.gather(1, tried[:, :, None].expand(-1, -1, kernel.shape[2]))  # (N, k, S)
+    # The kernel of features minus the mean of the tried codes' features.
     rows = rows - rows.mean(1, keepdim=True)
     rows = rows - rows.gather(2, columns).mean(2, keepdim=True)
-    among = rows.gather(2, columns)  # (N, k, k)
-    ridge = ridge * among.diagonal(dim1=1, dim2=2).mean(1)[:, None] + 1e-12
-    among = among + torch.diag_embed(ridge.expand(-1, k))
-    weights = torch.linalg.solve_ex(among, rows)[0]  # (N, k, S); `solve` would wait for the device
-    weights = weights + (1 - weights.sum(1, keepdim=True)) / k
+    tried_kernel = rows.gather(2, columns)  # (N, k, k)
+    ridge = ridge * tried_kernel.diagonal(dim1=1, dim2=2).mean(1)[:, None] + 1e-12
+    ridged_kernel = tried_kernel + torch.diag_embed(ridge.expand(-1, k))
+    # `solve` would wait for the device.
+    weights = torch.linalg.solve_ex(ridged_kernel, rows)[0]  # (N, k, S)
+    weights = weights + (1 - weights.sum(1, keepdim=True)) / k  # the regression adds the mean
     errors = residuals @ residuals.transpose(1, 2) / residuals.shape[2]  # (N, k, k)
     return (weights * (errors @ weights)).sum(1)
 
 
 def find_numbers(model, seeds, codes, codes_per_image):
-    """The numbers (N,) of codes (N,D) among each image's first codes_per_image; seeds (N,)."""
-    found = []
+    """The numbers (N,) of given codes (N, D), one per image: of the first codes_per_image codes of
+    each seed's sequence, the nearest. seeds (N,)."""
+    numbers = []
     for part, part_codes in zip(seeds.split(32), codes.to(seeds.device).split(32), strict=True):
         candidates = model.sample_codes(part, codes_per_image)  # (n, S, D)
-        found.append((candidates - part_codes[:, None]).abs().sum(2).argmin(1))
-    return torch.cat(found).cpu()
+        numbers.append((candidates - part_codes[:, None]).abs().sum(2).argmin(1))
+    return torch.cat(numbers).cpu()

@@ -1,8 +1,9 @@
 """Train a masked autoencoder, made implicit by latent codes, by Implicit Maximum Likelihood
 Estimation (Li & Malik 2018).
 
-For every image keep, of many codes, the one whose completion is nearest, and take gradient steps
-with it. Read `train` first, then `choose_codes`."""
+In each epoch, `choose_codes` tries many codes for every image and chooses the code whose completion
+is nearest to the image; gradient steps then use the chosen codes. Read `train` first, then
+`choose_codes`. Letters in shapes: those of Models.py and Samplers.py."""
 
 import dataclasses
 import math
@@ -109,26 +110,28 @@ def choose_codes(
     rs_epsilon=0.0,
     prefix=None,
 ):
-    """IMLE's choice (Li & Malik 2018) for one chunk on the model's device: of codes_per_image codes
-    from the prior, the one whose completion is nearest to the image. rs_epsilon: see
-    Samplers.sort_keys; prefix: model.prefix of the images, if it is computed already.
+    """IMLE's choice (Li & Malik 2018): for each image, of codes_per_image codes from the prior, the
+    code whose completion is nearest to the image. rs_epsilon: see Samplers.sort_keys; prefix:
+    model.prefix of the images, if it is computed already.
 
     images (N,3,H,W) normalised, mask_noise (N,L), seeds (N,) int64 -> chosen codes (N,D), their
     numbers (N,) int64 in the seeds' sequences, their losses (N,), the mean loss over codes (N,)."""
     if prefix is None:  # the network up to the first injection, once per image
         prefix = model.prefix(images, mask_noise, mask_ratio, predict_ratio)
-    numbers = torch.arange(codes_per_image, device=images.device).expand(len(images), -1)  # (N, K)
+    numbers = torch.arange(codes_per_image, device=images.device).expand(len(images), -1)  # (N, S)
     losses = []
     for codes in code_passes(model, prefix, seeds, numbers, codes_per_pass):
         pred = model.suffix(prefix, codes)  # (N, k, M, P*P*3)
         losses.append(image_losses(model, pred, images, prefix.mask))
-    losses = torch.cat(losses, dim=1)  # (N, K)
+    losses = torch.cat(losses, dim=1)  # (N, S)
     chosen = sort_keys(losses, rs_epsilon).argmin(dim=1, keepdim=True)  # (N, 1)
     codes = model.numbered_codes(seeds, chosen)
     return codes[:, 0], chosen[:, 0], losses.gather(1, chosen)[:, 0], losses.mean(1)
 
 
-LEAST_SCALE = 2**-4  # of float16's loss: gradients that overflow at this scale are not finite
+# In float16, gradients that overflow make the scaler skip the step and halve the loss's scale. Once
+# the scale is this low, gradients that overflow end the run.
+LEAST_SCALE = 2**-4
 
 
 def train_step(
@@ -145,11 +148,12 @@ def train_step(
     predict_ratio=1.0,
     clip_grad=0.0,
 ):
-    """One gradient step on this process's share of a minibatch, computed in `parts`. Returns its
-    metrics; the loss is the mean over the minibatch. A RunError, before the update, if loss or
-    gradients are not finite; in float16 the scaler skips such a step and lowers its scale.
+    """One gradient step on this process's share of a minibatch, computed in `parts` parts. Returns
+    the step's metrics; the loss is the mean over the minibatch. A RunError, before the update, if
+    loss or gradients are not finite (in float16 see LEAST_SCALE).
 
-    rates: {"mae", "z"}, learning rates of the two groups; images_per_step: over all processes."""
+    rates: {"mae", "z"}, learning rates of the parameter groups; images_per_step: the minibatch's
+    images, over all processes."""
     for group in optimizer.param_groups:
         group["lr"] = rates[group["part"]]
     optimizer.zero_grad()
@@ -158,13 +162,13 @@ def train_step(
     total = torch.zeros((), device=device)
     shares = batch.split(parts)
     for share in shares:
-        # Processes exchange gradients, which DDP averages, with the last part.
-        waiting = share is not shares[-1] and network is not model
-        with network.no_sync() if waiting else nullcontext():
+        # DDP averages gradients over processes inside `backward`: only the last part needs that.
+        skip_average = share is not shares[-1] and network is not model
+        with network.no_sync() if skip_average else nullcontext():
             with autocast(device, dtype):
                 losses = step_losses(network, model, share, mask_ratio, predict_ratio)
             loss = losses.sum() / images_per_step
-            scaler.scale(loss * world_size()).backward()
+            scaler.scale(loss * world_size()).backward()  # DDP averages over processes
         total += loss.detach()
     sum_over_processes(total)
     scaler.unscale_(optimizer)
@@ -175,7 +179,8 @@ def train_step(
     check_finite(batch, loss, norm, scaler)
     scaler.step(optimizer)
     scaler.update()
-    # To log another metric of a step, add a line here: it is averaged over the epoch.
+    # To log another metric of a step, add a number here: its mean over the epoch's steps is logged.
+    # The first process logs its own number: sum over processes first if each computes a share.
     metrics = {"pretrain/loss_tr": loss}
     if math.isfinite(norm):
         metrics["pretrain/grad_norm"] = norm
@@ -230,14 +235,14 @@ def choose_pool_codes(
     mask_ratio,
     predict_ratio,
 ):
-    """Chooses a code for each image of the pool that has none yet, and leaves its number and losses
-    in keeper.progress. Between chunks of images_per_pass it saves, or stops, if that is due.
+    """Chooses a code for each image of the pool that has none yet, and stores its number and losses
+    in keeper.progress. After each chunk of images_per_pass images, saves or stops the run if due.
 
-    tries: of the surrogate; None: all codes are tried. dtype: precision."""
+    tries: codes that the surrogate tries; None: all codes are tried. dtype: precision."""
     progress, device = keeper.progress, model.pos_embed.device
     restore_codes(progress, model, pool, codes_per_image)
     missing = (progress.codes < 0).nonzero()[:, 0]
-    if not len(missing) and progress.epoch_metrics:  # a run that goes on behind its sampling
+    if not len(missing) and progress.epoch_metrics:  # a resumed run whose codes are all chosen
         return
     choose = choose_codes
     if tries is not None:
@@ -252,13 +257,14 @@ def choose_pool_codes(
     numbers, losses = progress.codes.to(device), progress.code_losses.to(device)
     chunks = loader.chunks(pool.indices[missing], pool.seeds[missing], images_per_pass)
     chunks = watch(Data.copied(chunks, device), "sampling codes", len(missing), after_each=forecast)
-    common = -(-len(missing) // images_per_pass) // world_size()  # chunks that all processes have
+    # Every process has at least so many chunks. All processes must call wants_to_save together.
+    common_chunks = -(-len(missing) // images_per_pass) // world_size()
     for n_done, (part, images) in enumerate(chunks, 1):
         rows = missing[part]
         chunk = normalize(images), pool.mask_noise(rows).to(device), pool.seeds[rows].to(device)
         chosen = choose_chunk_codes(fast_model, *chunk, choose, mask_ratio, predict_ratio)
         numbers[rows.to(device)], losses[rows.to(device)] = chosen
-        if n_done <= common and keeper.wants_to_save():
+        if n_done <= common_chunks and keeper.wants_to_save():
             progress.codes, progress.code_losses = gathered(numbers, losses)
             keeper.after_step()
     progress.codes, progress.code_losses = gathered(numbers, losses)
@@ -275,18 +281,18 @@ def choose_pool_codes(
 
 @torch.no_grad()
 def choose_chunk_codes(model, images, mask_noise, seeds, choose, mask_ratio, predict_ratio):
-    """The numbers (N,) of one chunk's chosen codes, and three losses each (N, 3): of the chosen
-    code, averaged over codes, without code."""
+    """The numbers (N,) of one chunk's chosen codes, and three losses of each image (N, 3): of the
+    chosen code, averaged over codes, without code. choose: choose_codes, with options filled in."""
     prefix = model.prefix(images, mask_noise, mask_ratio, predict_ratio)
     _, numbers, best, mean = choose(model, images, mask_noise, seeds, prefix=prefix)
     plain = image_losses(model, model.suffix(prefix, None), images, prefix.mask)
     losses = torch.stack([best, mean, plain], dim=1)
-    return numbers, torch.where(losses.isnan(), math.inf, losses)  # NaN has no maximum
+    return numbers, torch.where(losses.isnan(), math.inf, losses)  # `gathered` can't compare NaN
 
 
 def restore_codes(progress, model, pool, codes_per_image):
-    """Sees that progress has a code number and losses for each image, -1 and -inf if not chosen
-    yet. Checkpoints of version 0.1.0 hold codes instead of numbers: finds their numbers."""
+    """Makes sure that progress holds a code number and losses for each image: -1 and -inf where no
+    code is chosen yet. Finds the numbers if a checkpoint of version 0.1.0 gave codes instead."""
     n = len(pool.indices)
     if progress.codes is None:
         progress.codes = torch.full((n,), -1)
@@ -297,7 +303,8 @@ def restore_codes(progress, model, pool, codes_per_image):
 
 
 def gathered(*tensors):
-    """The tensors on the host, with the rows that every process has chosen."""
+    """The tensors on the CPU, merged over processes: each row comes from the process that has
+    chosen its code, as the other processes hold lower values there."""
     max_over_processes(*tensors)
     return [tensor.cpu() for tensor in tensors]
 
@@ -307,7 +314,7 @@ def gathered(*tensors):
 
 
 def end_epoch(progress, rates):
-    """Ends an epoch: its metrics, and a line about them."""
+    """Ends an epoch. Returns its metrics, and a line of text about them."""
     skipped = progress.epoch_step - progress.counts.get("pretrain/grad_norm", 0)
     metrics = progress.epoch_done()
     line = f"loss {metrics['pretrain/loss_tr']:.4f}"
@@ -321,16 +328,16 @@ def end_epoch(progress, rates):
 
 
 def distributed(model, *, code_free_share):
-    """The model as gradient steps call it: DDP averages gradients over the processes, if there are
-    several. Steps without codes leave the injections unused, which DDP must then look for."""
+    """The model for gradient steps: with several processes wrapped in DDP, which averages gradients
+    over them. DDP must be told that steps without codes leave the injections' parameters unused."""
     if world_size() == 1:
         return model
     return DistributedDataParallel(model, find_unused_parameters=code_free_share > 0)
 
 
 def learning_rates(step, *, lr, lr_z, min_lr, headstart, ramp, total, cycles):
-    """{"mae", "z"}: the rates of the MAE's and of the injections' parameters for gradient step
-    `step`; lengths in steps."""
+    """{"mae", "z"}: the learning rates of the MAE's and of the injections' parameters for gradient
+    step `step`. headstart, ramp, total: numbers of steps; the MAE's rate is 0 during headstart."""
     shape = {"minimum": min_lr, "ramp": ramp, "total": total, "cycles": cycles}
     return {
         "mae": learning_rate(step, base=lr, start=headstart, **shape),
@@ -339,9 +346,9 @@ def learning_rates(step, *, lr, lr_z, min_lr, headstart, ramp, total, cycles):
 
 
 def make_model(flags, checkpoint):
-    """The model that the flags ask for, with pretrained or fresh weights; or the checkpoint's
-    model."""
-    if checkpoint is not None:  # its weights are restored with the other parts
+    """The model that the flags ask for, with pretrained or fresh weights. With a checkpoint: a
+    model of the checkpoint's config, with fresh weights."""
+    if checkpoint is not None:  # `go_on` restores the weights
         return build(ModelConfig(**checkpoint["config"]))
     fields = IO.model_fields(flags)
     if not flags.finetune:
@@ -350,7 +357,7 @@ def make_model(flags, checkpoint):
         return IO.load_model(flags.mae_weights or PUBLISHED[flags.arch], **fields)
 
 
-def make_validation(flags, run, stop, images_tr, images_val, device, dtype):
+def make_validation(flags, record, stop, images_tr, images_val, device, dtype):
     """The Validation that the flags ask for; an InputError for data that can't be probed."""
     size, seed = tuple(flags.input_size), flags.seed
     transform = transforms(size, flags.use_augs)[1]
@@ -386,7 +393,7 @@ def make_validation(flags, run, stop, images_tr, images_val, device, dtype):
             stopping=stop.asked,
         )
     return Validation(
-        run,
+        record,
         stop,
         loss_examples=examples(images_val, flags.ex_for_mse_loss, transform, seed=seed, **loading),
         picture_examples={
@@ -415,8 +422,8 @@ def make_optimizer(model, *, weight_decay, betas):
 def run(flags, images_tr, images_val):
     """One process of a run: puts its parts together and trains."""
     device = join_processes(flags.gpus)
-    flags = from_first_process(flags)  # one uid, where each process drew its own
-    start = locate_run(
+    flags = from_first_process(flags)  # under torchrun, each process has drawn another uid
+    found = locate_run(
         "TrainIMLE",
         flags,
         changeable=IO.changeable_flags(IO.training_parser()),
@@ -424,8 +431,8 @@ def run(flags, images_tr, images_val):
     )
     sample_dtype = choose_dtype(flags.sample_dtype, device)
     step_dtype = fastest_dtype(device) if flags.fp16 else torch.float32
-    run, stop = runs.Run(start, vars(flags), wandb=flags.wandb), StopSignal()
-    validation = make_validation(flags, run, stop, images_tr, images_val, device, sample_dtype)
+    record, stop = runs.Run(found, vars(flags), wandb=flags.wandb), StopSignal()
+    validation = make_validation(flags, record, stop, images_tr, images_val, device, sample_dtype)
     loader = Data.ImageLoader(
         images_tr,
         transforms(tuple(flags.input_size), flags.use_augs)[0],
@@ -436,12 +443,12 @@ def run(flags, images_tr, images_val):
     )
 
     torch.manual_seed(flags.seed)
-    model = make_model(flags, start.checkpoint).to(device)
+    model = make_model(flags, found.checkpoint).to(device)
     optimizer = make_optimizer(model, weight_decay=flags.wd, betas=(flags.beta1, flags.beta2))
     scaler = torch.amp.GradScaler(device.type, enabled=step_dtype == torch.float16)
     progress = Progress()
     checkpoints = Checkpoints(
-        start.folder,
+        found.folder,
         model=model,
         optimizer=optimizer,
         scaler=scaler,
@@ -449,12 +456,12 @@ def run(flags, images_tr, images_val):
         config=dataclasses.asdict(model.config),
         args=vars(flags),
     )
-    if start.checkpoint:
-        go_on(start, checkpoints, optimizer, progress)
-    keeper = Keeper(run, checkpoints, progress, stop, save_minutes=flags.save_minutes)
-    with stop, run, keeper.saving_at_the_end():
-        step, folder = progress.step, start.folder
-        say(f"going on after step {step} in {folder}" if start.checkpoint else f"new: {folder}")
+    if found.checkpoint:
+        go_on(found, checkpoints, optimizer, progress)
+    keeper = Keeper(record, checkpoints, progress, stop, save_minutes=flags.save_minutes)
+    with stop, record, keeper.saving_at_the_end():
+        step, folder = progress.step, found.folder
+        say(f"going on after step {step} in {folder}" if found.checkpoint else f"new: {folder}")
         train(
             flags,
             model,
@@ -466,20 +473,20 @@ def run(flags, images_tr, images_val):
             sample_dtype=sample_dtype,
             step_dtype=step_dtype,
         )
-    say(f"done: {start.folder}")
+    say(f"done: {found.folder}")
 
 
-def go_on(start, checkpoints, optimizer, progress):
-    """Restores the parts of a run from its checkpoint. The optimizer keeps the options that the
-    flags now give; codes that were chosen under other flags are dropped."""
+def go_on(found, checkpoints, optimizer, progress):
+    """Restores the parts of a run from its checkpoint. The optimizer's weight_decay and betas stay
+    those of the flags; codes that were chosen under other flags are dropped."""
     options = [
         {name: group[name] for name in ("weight_decay", "betas")}
         for group in optimizer.param_groups
     ]
-    checkpoints.restore(start.checkpoint)
+    checkpoints.restore(found.checkpoint)
     for group, group_options in zip(optimizer.param_groups, options, strict=True):
         group.update(group_options)
-    if start.changed:
+    if found.changed:
         progress.forget_codes()
 
 

@@ -39,16 +39,16 @@ def examples(images, count, transform, *, seed, num_workers=0, timeout=0, stoppi
     return Examples(loader, indices, mix_seeds(seed, Stream.EVALUATION, indices))
 
 
-# The metrics that `evaluate` gives for each image. To add a metric, name it here and return it
-# there: its mean is logged, drawn and listed.
+# The metrics that `evaluate` computes for each image. To add a metric of an image, name it here and
+# return its values from `evaluate`: its mean over the images is logged, drawn and listed.
 METRICS = ("loss_te", "loss_te_best", "loss_te_no_z", "code_spread")
 
 
 @torch.no_grad()
 def evaluate(model, images, mask_noise, seeds, *, codes_per_image, codes_per_pass, mask_ratio):
     """METRICS of one chunk, {name: (N,)}: the loss averaged over codes, the loss of the best code,
-    the loss without code; the standard deviation of completions over codes, averaged over masked
-    values. codes_per_image=0: evaluates without code only."""
+    the loss without code, and the standard deviation of completions over codes, averaged over the
+    masked values. codes_per_image=0: all three losses are the loss without code."""
     prefix = model.prefix(images, mask_noise, mask_ratio)
     plain = model.suffix(prefix, None).float()  # (N, M, P*P*3)
     plain_loss = image_losses(model, plain, images, prefix.mask)
@@ -96,8 +96,8 @@ class Validation:
     baseline: bool  # also validates the starting point without codes
 
     def if_due(self, model, progress, *, last_step):
-        """Validates, logs and draws: every steps_per_eval, before the first step and after the
-        last. A Stopped if the run was asked to stop meanwhile."""
+        """Validates, logs and draws if that is due: before the first step, every steps_per_eval
+        steps, and after the last step. Raises Stopped if the run was asked to stop meanwhile."""
         step = progress.step
         due = self.steps_per_eval and (step % self.steps_per_eval == 0 or step == last_step)
         if not due or progress.validated == step:
@@ -108,36 +108,37 @@ class Validation:
             if step == 0 and self.baseline:
                 plain = self.validate(model, step, with_codes=False) if model.code_dim else values
                 values |= {f"{key}_baseline": value for key, value in plain.items()}
-            self.stop.check()  # a stop cuts a validation short: its numbers do not count
+            self.stop.check()  # a stop ends loading early: `values` are then incomplete
             values["time/validation_seconds"] = time.perf_counter() - start
             values["time/training_seconds"] = progress.seconds
             progress.validated = step
             self.run.log(step, progress.epoch, values)
             self.run.draw_curves()
             say(summary(step, values))
-        finally:  # the next Keeper.count_time adds this time, too
+        finally:  # Keeper.count_time will add this time, which is not training time
             progress.seconds -= time.perf_counter() - start
 
     def validate(self, model, step, with_codes):
         """The metrics and pictures of one validation, by name."""
         model = in_precision(model, self.dtype)
-        # To add a metric, add it to `values`: it is logged, drawn and listed.
+        # To add a metric, add a number to `values`: it is logged, drawn and listed. The first
+        # process logs its own number.
         values = self.losses(model, with_codes)
         if self.probe is not None:
             accuracy = self.probe(model)
             values["fast_linear_probe/acc_te"] = accuracy["top1"]
             values["fast_linear_probe/knn_te"] = accuracy["knn"]
-        for name, chosen in self.picture_examples.items():
-            values[f"images/{name}"] = self.picture(model, name, chosen, step, with_codes)
+        for name, some_examples in self.picture_examples.items():
+            values[f"images/{name}"] = self.picture(model, name, some_examples, step, with_codes)
         return values
 
     def losses(self, model, with_codes):
         """The means of METRICS. Each image is evaluated by one process."""
-        chosen, device = self.loss_examples, model.pos_embed.device
-        values = torch.zeros(len(chosen.indices), len(METRICS), device=device)
-        chunks = chosen.loader.chunks(chosen.indices, chosen.seeds, self.images_per_pass)
-        for rows, images in Utils.watch(chunks, "validation", len(chosen.indices)):
-            images, mask_noise, seeds = prepare(model, images, chosen.seeds[rows])
+        indices, all_seeds = self.loss_examples.indices, self.loss_examples.seeds
+        values = torch.zeros(len(indices), len(METRICS), device=model.pos_embed.device)
+        chunks = self.loss_examples.loader.chunks(indices, all_seeds, self.images_per_pass)
+        for rows, images in Utils.watch(chunks, "validation", len(indices)):
+            images, mask_noise, seeds = prepare(model, images, all_seeds[rows])
             metrics = evaluate(
                 model,
                 images,
@@ -148,13 +149,14 @@ class Validation:
                 mask_ratio=self.mask_ratio,
             )
             values[rows] = torch.stack([metrics[name] for name in METRICS], dim=1)
-        sum_over_processes(values)
+        sum_over_processes(values)  # rows of other processes are zero: a gather
         means = values.double().mean(0).tolist()
         return {f"pretrain/{name}": mean for name, mean in zip(METRICS, means, strict=True)}
 
     @torch.no_grad()
     def picture(self, model, name, chosen, step, with_codes):
-        """The grid of completions, a Pillow image, the same on all processes."""
+        """The grid of completions of the examples `chosen`, as a Pillow image, the same on all
+        processes."""
         k = self.codes_per_picture if with_codes else 0
         device, (height, width) = model.pos_embed.device, model.config.image_size
         cells = torch.zeros(

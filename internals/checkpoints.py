@@ -23,8 +23,8 @@ TEMPORARY_ERRORS = {errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.EN
 
 def read_checkpoint(path, mmap=False):
     """Returns the dict in a checkpoint of ours or of facebookresearch/mae (whose training files
-    hold an argparse.Namespace). An InputError if the file is missing or damaged, or would run
-    code. mmap: each tensor stays in the file until it is used."""
+    hold an argparse.Namespace). An InputError if the file is missing or damaged, or if reading it
+    would run code. mmap: each tensor stays in the file until it is used."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise InputError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
@@ -47,7 +47,7 @@ def read_checkpoint(path, mmap=False):
         if error.errno in TEMPORARY_ERRORS:
             raise RunError(f"{path} can't be read: {error.strerror}") from None
         raise InputError(f"{path} is damaged, or no checkpoint ({error})") from None
-    except Exception as error:  # whatever a foreign file makes torch's and zipfile's readers raise
+    except Exception as error:  # a foreign file can make torch and zipfile raise any error
         reason = f" ({type(error).__name__})"
         raise InputError(f"{path} is damaged, or no checkpoint{reason}") from None
     if not isinstance(content, dict):
@@ -60,15 +60,15 @@ RUN_PARTS = {"model", "config", "optimizer", "scaler", "progress", "args", "metr
 
 
 def read_run_checkpoint(path, parts=RUN_PARTS):
-    """Returns the dict in a checkpoint that a run can go on from; an InputError if one of `parts`
-    is missing."""
+    """Returns the dict in a checkpoint of a run, from which the run can go on; an InputError if one
+    of `parts` is missing."""
     content = read_checkpoint(path)
     if missing := sorted(parts - content.keys()):
         others = ", ".join(map(str, list(content.keys() - parts)[:5])) or "nothing else"
         missing = ", ".join(missing)
         raise InputError(f"{path} is no checkpoint of a run: it lacks {missing}; it has {others}")
     if not isinstance(content["args"], dict) or not isinstance(content["progress"], dict):
-        raise InputError(f"{path} is no checkpoint of a run: its args or progress are no dict")
+        raise InputError(f"{path} is no checkpoint of a run: its args or its progress is no dict")
     return content
 
 
@@ -112,8 +112,8 @@ def newest_checkpoint(folder, parts=RUN_PARTS):
 
 
 class Checkpoints:
-    """The checkpoints of one run. This class alone knows what a checkpoint holds: it is given the
-    parts once and saves and restores them."""
+    """The checkpoints of one run. Gets the parts of a checkpoint once; then saves and restores all
+    of them."""
 
     def __init__(self, folder, **parts):
         """parts: name -> an object with state_dict() and load_state_dict(), or plain data, which is
@@ -128,15 +128,15 @@ class Checkpoints:
         }
 
     def restore(self, content):
-        """Sets every part to its state in `content`, a checkpoint that was read."""
+        """Sets every part to its state in `content`, the dict in a checkpoint."""
         for name, part in self.parts.items():
             has_state = hasattr(part, "load_state_dict")
             if has_state and content[name]:  # the state of a disabled gradient scaler is empty
                 part.load_state_dict(content[name])
 
     def save(self, progress, *, metrics_size, keep=False):
-        """Writes the newest checkpoint and deletes all before the newest two. keep: also one that
-        is never deleted. An OSError if the disk refuses it; older checkpoints then stay."""
+        """Writes a checkpoint and deletes all but the newest two. keep: also writes a copy that is
+        never deleted. An OSError if the disk refuses it; older checkpoints then stay."""
         content = {**self.state_dict(), "metrics_size": metrics_size}
         save_checkpoint(newest := self.folder / f"step_{progress.step:08d}.pt", content)
         if keep:
@@ -155,19 +155,21 @@ class Progress:
 
     epoch: int = 0  # finished epochs
     step: int = 0  # gradient steps done
-    epoch_step: int = 0  # of them in the current epoch
+    epoch_step: int = 0  # gradient steps done in the current epoch
     totals: dict = field(default_factory=dict)  # metric -> its sum over the current epoch's steps
     counts: dict = field(default_factory=dict)  # metric -> the number of steps that had it
     epoch_metrics: dict = field(default_factory=dict)  # metrics of the current epoch as a whole
-    # IMLE: numbers of the chosen codes of the current pool (n,), -1 where none is chosen yet, and
-    # three losses each (n, 3). Version 0.1.0 kept the codes themselves (n, D).
+    # IMLE: numbers of the codes that are chosen for the images of the current pool (n,), -1 for an
+    # image without a code yet, and three losses of each image (n, 3): see choose_chunk_codes in
+    # TrainIMLE.py. Version 0.1.0 kept the codes themselves (n, D).
     codes: torch.Tensor | None = None
     code_losses: torch.Tensor | None = None
     validated: int = -1  # the last step that was validated
     seconds: float = 0.0  # of training, without validation
 
     def step_done(self, metrics):
-        """Counts a gradient step; metrics: numbers or tensors of this step, by name."""
+        """Counts a gradient step. metrics: {name: number or tensor} of this step; means of tensors
+        are tensors, which Run.log can't write."""
         self.step += 1
         self.epoch_step += 1
         for name, value in metrics.items():
@@ -184,12 +186,13 @@ class Progress:
         return metrics
 
     def last_step(self, epochs, steps_per_epoch):
-        """The run's last gradient step: epochs * steps_per_epoch, unless one of them changed."""
+        """How many gradient steps are done when the run ends: those done already, and those left.
+        Equals epochs * steps_per_epoch unless one of the two changed when the run went on."""
         epochs_left = max(0, epochs - self.epoch)
         return self.step + epochs_left * steps_per_epoch - min(self.epoch_step, steps_per_epoch)
 
     def forget_codes(self):
-        """Drops the codes that were chosen for the current pool: they will be chosen anew."""
+        """Drops the codes that are chosen for the current pool, so that all are chosen anew."""
         self.codes, self.code_losses, self.epoch_metrics = None, None, {}
 
     def state_dict(self):
@@ -216,8 +219,8 @@ def from_version_0_1(state):
 
 
 class Keeper:
-    """Saves a run's checkpoints when they are due, stops the run when it was asked to, and measures
-    its training time. All processes call each method together."""
+    """Saves a run's checkpoints when due, stops the run when a signal asked for that, and measures
+    the training time. All processes call each method together."""
 
     def __init__(self, run, checkpoints, progress, stop, *, save_minutes):
         self.run, self.checkpoints, self.progress, self.stop = run, checkpoints, progress, stop
@@ -225,10 +228,10 @@ class Keeper:
         self.started = self.epoch_started = self.counted = time.monotonic()
         self.next_save = self.started + self.save_seconds
         self.first_epoch = progress.epoch
-        self.must_keep = False  # a checkpoint that stays for good could not be saved yet
+        self.must_keep = False  # True: the next save must stay for good, as such a save failed
 
     def count_time(self):
-        """Adds the time that has passed to progress.seconds."""
+        """Adds the time since the last call to progress.seconds."""
         now = time.monotonic()
         self.progress.seconds += now - self.counted
         self.counted = now
@@ -257,10 +260,11 @@ class Keeper:
             self.save()
         except OSError as error:
             raise RunError(f"the last checkpoint could not be saved: {error}") from None
-        sum_over_processes(torch.zeros(()))  # no process ends before the checkpoint is written
+        sum_over_processes(torch.zeros(()))  # all wait here until the checkpoint is written
 
     def wants_to_save(self):
-        """Whether any process was asked to stop, or save_minutes have passed on the first one."""
+        """Whether any process was asked to stop, or save_minutes have passed since the last save,
+        by the first process's clock. The same on all processes."""
         due = self.stop.asked() or (rank() == 0 and time.monotonic() > self.next_save)
         due = torch.tensor(due, dtype=torch.int32)
         sum_over_processes(due)
@@ -274,7 +278,7 @@ class Keeper:
             self.try_to_save()
 
     def after_epoch(self, metrics, line, *, epochs, keep=False):
-        """Logs the metrics of an epoch that is done, and says `line` about it. keep: saves a
+        """Logs the metrics of an epoch that is done, and prints `line` about it. keep: saves a
         checkpoint that stays for good."""
         self.count_time()
         now, epoch = time.monotonic(), self.progress.epoch
@@ -292,7 +296,7 @@ class Keeper:
 
     @contextlib.contextmanager
     def saving_at_the_end(self):
-        """Saves when the training inside ends, also when it was asked to stop."""
+        """Saves when the training inside `with` ends, or is stopped by a signal."""
         folder, progress = self.run.folder, self.progress
         try:
             yield

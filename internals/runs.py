@@ -1,4 +1,5 @@
-"""A run's folder: finding it by its uid, one process at a time; its metrics and pictures."""
+"""A run's folder: finding it by the run's uid; locking it against a second process; writing metrics
+and pictures."""
 
 import contextlib
 import errno
@@ -35,7 +36,7 @@ from Utils import InputError, from_first_process, naming, rank, say, write_atomi
 
 
 class Start(NamedTuple):
-    """Where a run starts or goes on."""
+    """From where a run starts or goes on."""
 
     folder: Path
     paths: list  # the checkpoints in the folder
@@ -45,13 +46,14 @@ class Start(NamedTuple):
 
 
 def locate_run(script, flags, *, changeable, architecture):
-    """The Start of the run with these flags' uid, or of the run that --resume names; of a new run
-    if there is none. changeable, architecture: names of flags, see check_changes."""
+    """The Start of the run that --resume names, else of the run with the flags' uid, else of a new
+    run. changeable, architecture: names of flags, see check_changes."""
     return on_all_processes(lambda: find_run(script, flags, changeable, architecture))
 
 
 def on_all_processes(find, parts=RUN_PARTS):
-    """The Start that find() returns on the first process, for all processes."""
+    """Returns, on all processes, the Start that find() returns on the first process. Every process
+    reads the checkpoint itself."""
     start = find() if rank() == 0 else None
     shared = from_first_process(start and start._replace(checkpoint=None))
     if rank() == 0 or shared.path is None:
@@ -63,7 +65,8 @@ def on_all_processes(find, parts=RUN_PARTS):
 def find_in_folder(folder, parts=RUN_PARTS):
     """The Start in a run's folder: at its newest checkpoint that can be read."""
     check_writable(folder)
-    paths = checkpoint_paths(folder)  # listed before one is read, which takes time
+    # Listed before one is read: if the list changes meanwhile, Run.open_folder refuses the folder.
+    paths = checkpoint_paths(folder)
     return Start(folder, paths, *newest_checkpoint(folder, parts))
 
 
@@ -79,7 +82,8 @@ def find_run(script, flags, changeable, architecture):
     start = find_in_folder(folder)
     old = start.checkpoint["args"] if start.checkpoint else read_config(folder)
     if old.get("uid", flags.uid) != flags.uid or (not old and holds_files(folder)):
-        raise InputError(f"--save_folder: {folder} is in the way, and is no run of this --uid")
+        reason = f"{folder} is in the way, and is no run of this --uid"
+        raise InputError(f"--save_folder: {reason}; choose another --save_folder or --uid")
     if flags.resume:
         check_resume(flags.resume, start)
     if not old:
@@ -91,15 +95,16 @@ def find_run(script, flags, changeable, architecture):
 def check_resume(path, start):
     """Refuses a --resume PATH that is not at the step of its run's newest checkpoint."""
     if start.path is None:
-        raise InputError(f"--resume {path}: it is not in the checkpoints/ of its run")
+        raise InputError(f"--resume {path}: it is not in the checkpoints/ folder of a run")
     if not start.path.samefile(path):
         step = read_run_checkpoint(path)["progress"]["step"]
         if step != start.checkpoint["progress"]["step"]:
-            raise InputError(f"--resume {path}: not its run's newest; give {start.path}")
+            reason = "it is not the newest checkpoint of its run"
+            raise InputError(f"--resume {path}: {reason}; give {start.path}")
 
 
 def holds_files(folder):
-    """Whether a run's folder holds more than a start that was killed leaves there."""
+    """Whether a folder holds files, other than the hidden ones that a killed start may leave."""
     return any(path.is_file() and path.name[0] != "." for path in folder.rglob("*"))
 
 
@@ -115,11 +120,12 @@ def run_name(script, flags):
 
 
 def check_changes(new, old, changeable, architecture):
-    """Whether flags differ that make up a run, between a run (old) and the command that goes on
-    with it (new), both dicts. Refuses this without --force_resume, and other models always.
+    """Compares the flags of a run (old) with those of the command that goes on with it (new), both
+    dicts. Returns whether flags differ other than those that may. An InputError if so without
+    --force_resume 1, or if the model differs.
 
-    changeable: names of flags that may always change; architecture: of flags that never may."""
-    # A flag that is newer than the run has changed nothing.
+    changeable: names of the flags that may differ; architecture: of those that never may."""
+    # Flags that did not exist yet when the run was started count as equal.
     ignored = changeable | (new.keys() - old.keys())
     if new["scheduler"] != "linear_ramp_cosine_decay":  # its rates depend on the number of epochs
         ignored = ignored | {"epochs"}
@@ -128,7 +134,7 @@ def check_changes(new, old, changeable, architecture):
     if any(name in architecture for name in changed):
         raise InputError(
             f"--uid {new['uid']}: that run has another model ({shown}); give its flags, or choose "
-            "another --uid (from its weights: --mae_weights)"
+            "another --uid (to start from that run's weights: --mae_weights CHECKPOINT)"
         )
     if changed and not new["force_resume"]:
         raise InputError(
@@ -166,14 +172,15 @@ def check_writable(folder):
 
 
 def lock_folder(folder, patience=5.0):
-    """Returns an open file: until it is closed, or this process ends, no other process may run in
-    this folder. An InputError if one still does after `patience` seconds.
+    """Locks a run's folder and returns the lock, an open file: until it is closed, or this process
+    ends, no other process can lock the folder. An InputError if another process still holds the
+    lock after `patience` seconds.
 
-    POSIX locks are our own choice: forked loader workers, which may live longer, don't inherit
-    them, as they do the locks of filelock."""
+    A POSIX lock, not filelock's: forked loader workers, which may outlive this process, would
+    inherit filelock's and hold it."""
     file = open(folder / ".lock", "a+")  # noqa: SIM115
     end = time.monotonic() + patience  # a process that was killed may need a moment to end
-    while is_locked(file, fcntl.LOCK_EX):
+    while not try_lock(file, fcntl.LOCK_EX):
         if time.monotonic() > end:
             file.seek(0)
             raise InputError(f"{folder} is in use by {file.read() or 'another process'}")
@@ -184,24 +191,24 @@ def lock_folder(folder, patience=5.0):
     return file
 
 
-def is_locked(file, kind):
-    """Whether another process has locked a file; if not, this process takes the lock: LOCK_EX for
-    itself alone, LOCK_SH shared."""
+def try_lock(file, kind):
+    """Tries to lock a file: kind LOCK_EX for this process alone, LOCK_SH shared. Returns False if
+    another process holds the lock. Where files can't be locked, warns and returns True."""
     try:
         fcntl.lockf(file, kind | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            return True
+            return False
         if kind == fcntl.LOCK_EX:
             say(f"warning: {file.name} can't be locked ({error.strerror}); start each run once")
-    return False
+    return True
 
 
 def is_running(folder):
     """Whether a process runs in this run's folder."""
     try:
         with open(folder / ".lock") as file:
-            return is_locked(file, fcntl.LOCK_SH)
+            return not try_lock(file, fcntl.LOCK_SH)
     except OSError:
         return False
 
@@ -215,13 +222,13 @@ class Run:
     process only. The local files are the truth; W&B mirrors them and may fail without harm."""
 
     def __init__(self, start, flags, *, wandb="disabled", curves=True):
-        """Only `with` opens the folder: metrics that are newer than the checkpoint are cut off.
+        """Touches no file: `with` does, and cuts off metrics that are newer than the checkpoint.
         start: of locate_run; flags: a dict, for config.json; wandb: disabled, offline or online;
         curves: whether curves.png is drawn."""
         self.folder, self.start, self.flags, self.main = start.folder, start, flags, rank() == 0
         self.wandb_mode, self.curves = wandb, curves
-        self.waiting_pictures = {}  # file name -> bytes that the disk has not taken yet
-        self.waiting_lines = b""  # of metrics.jsonl, likewise not taken yet
+        self.waiting_pictures = {}  # file name -> bytes that are not written to the disk yet
+        self.waiting_lines = b""  # lines of metrics.jsonl that are not written to the disk yet
 
     def __enter__(self):
         if self.main:
@@ -243,12 +250,13 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock_folder(self.folder)
         if checkpoint_paths(self.folder) != self.start.paths:
-            raise InputError(f"another process went on with {self.folder} meanwhile")
+            reason = f"another process wrote checkpoints in {self.folder} meanwhile"
+            raise InputError(f"{reason}; start this command again")
         for folder in folders:
             for unfinished in folder.glob(".*.tmp"):
                 unfinished.unlink()
-        for path in self.start.paths:  # the run goes on from the newest that can be read
-            if step_of(path) > checkpoint["progress"]["step"]:
+        for path in self.start.paths:
+            if step_of(path) > checkpoint["progress"]["step"]:  # newer, but could not be read
                 path.rename(path.with_suffix(".damaged"))
         write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
         self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
@@ -286,7 +294,7 @@ class Run:
         self.wandb.log(step, values)
 
     def write_waiting(self):
-        """Writes the pictures that wait, then the lines that name them."""
+        """Writes the waiting pictures, then the waiting lines, which name the pictures."""
         for name, content in list(self.waiting_pictures.items()):
             write_atomically(self.folder / name, content)
             del self.waiting_pictures[name]
@@ -294,7 +302,7 @@ class Run:
             self.waiting_lines = self.waiting_lines[self.metrics.write(self.waiting_lines) :]
 
     def flush(self):
-        """Sees metrics.jsonl safely on the disk; its size in bytes."""
+        """Makes sure that metrics.jsonl is on the disk. Returns the file's size in bytes."""
         self.write_waiting()
         os.fsync(self.metrics.fileno())
         return self.metrics.tell()
@@ -316,7 +324,8 @@ class WandB:
             self.attempt(lambda: self.start(mode, folder, config))
 
     def attempt(self, action):
-        """Calls action(); if that fails, warns and does without W&B from here on."""
+        """Calls action(). If it fails, prints a warning and switches W&B off for the rest of the
+        run."""
         try:
             action()
         except Exception as error:  # no error of W&B may end the run
@@ -346,7 +355,7 @@ class WandB:
             self.attempt(lambda: self.run.log(self.converted(values), step=step))
 
     def converted(self, values):
-        """The values with pictures as W&B takes them."""
+        """The values, with each picture as a wandb.Image."""
         return {k: self.image(v) if isinstance(v, Image.Image) else v for k, v in values.items()}
 
     def close(self):
