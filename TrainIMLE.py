@@ -423,7 +423,7 @@ def run(flags, images_tr, images_val):
     """One process of a run: puts its parts together and trains."""
     device = join_processes(flags.gpus)
     flags = from_first_process(flags)  # under torchrun, each process has drawn another uid
-    found = locate_run(
+    run_start = locate_run(
         "TrainIMLE",
         flags,
         changeable=IO.changeable_flags(IO.training_parser()),
@@ -431,7 +431,7 @@ def run(flags, images_tr, images_val):
     )
     sample_dtype = choose_dtype(flags.sample_dtype, device)
     step_dtype = fastest_dtype(device) if flags.fp16 else torch.float32
-    record, stop = runs.Run(found, vars(flags), wandb=flags.wandb), StopSignal()
+    record, stop = runs.Run(run_start, vars(flags), wandb=flags.wandb), StopSignal()
     validation = make_validation(flags, record, stop, images_tr, images_val, device, sample_dtype)
     loader = Data.ImageLoader(
         images_tr,
@@ -443,12 +443,12 @@ def run(flags, images_tr, images_val):
     )
 
     torch.manual_seed(flags.seed)
-    model = make_model(flags, found.checkpoint).to(device)
+    model = make_model(flags, run_start.checkpoint).to(device)
     optimizer = make_optimizer(model, weight_decay=flags.wd, betas=(flags.beta1, flags.beta2))
     scaler = torch.amp.GradScaler(device.type, enabled=step_dtype == torch.float16)
     progress = Progress()
     checkpoints = Checkpoints(
-        found.folder,
+        run_start.folder,
         model=model,
         optimizer=optimizer,
         scaler=scaler,
@@ -456,12 +456,12 @@ def run(flags, images_tr, images_val):
         config=dataclasses.asdict(model.config),
         args=vars(flags),
     )
-    if found.checkpoint:
-        go_on(found, checkpoints, optimizer, progress)
+    if run_start.checkpoint:
+        go_on(run_start, checkpoints, optimizer, progress)
     keeper = Keeper(record, checkpoints, progress, stop, save_minutes=flags.save_minutes)
     with stop, record, keeper.saving_at_the_end():
-        step, folder = progress.step, found.folder
-        say(f"going on after step {step} in {folder}" if found.checkpoint else f"new: {folder}")
+        step, folder = progress.step, run_start.folder
+        say(f"going on after step {step} in {folder}" if run_start.checkpoint else f"new: {folder}")
         train(
             flags,
             model,
@@ -473,20 +473,20 @@ def run(flags, images_tr, images_val):
             sample_dtype=sample_dtype,
             step_dtype=step_dtype,
         )
-    say(f"done: {found.folder}")
+    say(f"done: {run_start.folder}")
 
 
-def go_on(found, checkpoints, optimizer, progress):
+def go_on(run_start, checkpoints, optimizer, progress):
     """Restores the parts of a run from its checkpoint. The optimizer's weight_decay and betas stay
     those of the flags; codes that were chosen under other flags are dropped."""
     options = [
         {name: group[name] for name in ("weight_decay", "betas")}
         for group in optimizer.param_groups
     ]
-    checkpoints.restore(found.checkpoint)
+    checkpoints.restore(run_start.checkpoint)
     for group, group_options in zip(optimizer.param_groups, options, strict=True):
         group.update(group_options)
-    if found.changed:
+    if run_start.changed:
         progress.forget_codes()
 
 
