@@ -89,9 +89,8 @@ class ForeignEncoder(nn.Module):
         """images (N,3,H,W), normalised by our mean and std -> tokens (N, 1+L, C). A vector is given
         twice, as class token and as the only patch."""
         if (self.mean, self.std) != (MEAN, STD):
-            mean, std, our_mean, our_std = (
-                channels(values, images.device) for values in (self.mean, self.std, MEAN, STD)
-            )
+            all_values = (self.mean, self.std, MEAN, STD)
+            mean, std, our_mean, our_std = (channels(x, images.device) for x in all_values)
             images = images * (our_std / std) + (our_mean - mean) / std
         with autocast(images.device, self.dtype):
             tokens = self.features(images)

@@ -275,8 +275,9 @@ def hugging_face_fields(path):
 
 
 def infer_config(state, config_fields, overrides):
-    """The ModelConfig of a state dict: sizes are read off its tensors, `config_fields` come from
-    its file. `overrides` and the preset of these sizes fill in numbers of heads and the decoder."""
+    """The ModelConfig of a state dict. Sizes are read off its tensors; `config_fields` are the
+    fields that its file gives. `overrides`, and then the preset of these sizes, give the other
+    fields, such as the numbers of heads."""
     if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
         raise InputError("not the weights of a masked autoencoder or its encoder")
     sizes = tensor_sizes(state)
@@ -331,9 +332,9 @@ def fitting_preset(sizes):
     return next(fitting, None)
 
 
-def position_grid(pos_embed, patch_size, image_size=None):
+def position_grid(pos_embed, patch_size, image_size):
     """The (rows, columns) of patches that a position embedding (1, 1+L, C) was made for: the grid
-    whose fixed embedding it is, else a square, else the grid of `image_size`."""
+    whose fixed embedding it is, else a square, else the grid of `image_size`, if that is given."""
     length, channels = pos_embed.shape[1] - 1, pos_embed.shape[2]
     for rows in (n for n in range(1, length + 1) if length % n == 0):
         grid = rows, length // rows
