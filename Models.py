@@ -48,7 +48,7 @@ class ModelConfig:
     decoder_depth: int = 8
     decoder_num_heads: int = 16
     decoder: str = "self"  # a key of DECODERS
-    norm_eps: float = 1e-6  # of every LayerNorm; other values only in weights from elsewhere
+    norm_eps: float = 1e-6  # of every LayerNorm; some weights from elsewhere need another value
     # True: predicts patches normalised by their own mean and deviation; False: predicts pixels.
     norm_pix_loss: bool = True
     # Pairs (place, method). Places: encoder blocks 0..., decoder blocks from `depth` on, "mask".
@@ -159,15 +159,15 @@ def mapping_net(config, n_out):
 
 
 class Injection(nn.Module):
-    """A method of injection: all that the rest of the code relies on. It is built with the config,
-    the channels C of its place and the number of positions 1+L."""
+    """The interface of a method of injection; other code uses nothing else of an injection. It is
+    built with the config, the channels C of its place and the number of positions 1+L."""
 
-    code_dim: int  # how many numbers of a code it reads; set in __init__
+    code_dim: int  # how many numbers of a code the injection reads; set in __init__
     after_norm = False  # True: at the last encoder or decoder block, acts after its LayerNorm
     surrogate_can_learn = True  # False: --sampler surrogate is refused
 
     def features(self, codes):
-        """codes (..., code_dim) -> (..., F): what the surrogate compares codes by."""
+        """codes (..., code_dim) -> (..., F), by which the surrogate compares codes."""
         return codes
 
     def forward(self, tokens, codes, positions):
@@ -315,7 +315,7 @@ def attend(queries, keys, values, num_heads):
 
 
 class SelfBlock(Block):
-    """timm's Block, whose tokens attend to each other. It can compute the last tokens alone."""
+    """timm's Block, whose tokens attend to each other. It can compute the last tokens only."""
 
     def __init__(self, dim, num_heads, norm_layer):
         # To use another option of timm's Block (qk_norm, drop_path, ...), honour it in `forward`.
@@ -582,7 +582,7 @@ class ImplicitMAE(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------
-# Presets, building models, and what training and pictures need of models.
+# Presets, building models, parameter groups, pictures.
 
 
 def sincos_position_embedding(grid, dim):

@@ -391,7 +391,7 @@ def load_weights(model, state, grid):
 
 def load_all(network, state):
     """Loads a state dict into a network; an InputError where a tensor is missing, unexpected, of
-    another shape or of whole numbers."""
+    another shape, or holds whole numbers instead of floats."""
     for name, tensor in network.state_dict().items():
         if name in state and state[name].is_floating_point() != tensor.is_floating_point():
             raise InputError(f"does not fit: {name} holds {state[name].dtype}")
