@@ -62,53 +62,44 @@ class ModelConfig:
     adain_init: str = "original"  # one of ADAIN_INITS
 
     def __post_init__(self):
-        """Checks types, too, as a config may come from a hostile file. A check may rely on the
-        checks before it."""
-        self._check_sizes()
-        lrmul = self.mapping_net_lrmul
-        is_positive = type(lrmul) in (int, float) and 0 < lrmul < math.inf
-        self._require("mapping_net_lrmul", is_positive, "allowed are finite numbers above 0")
-        is_share = type(self.norm_eps) is float and 0 < self.norm_eps < 1
-        self._require("norm_eps", is_share, "allowed are numbers between 0 and 1")
-        is_bool = type(self.norm_pix_loss) is bool
-        self._require("norm_pix_loss", is_bool, "allowed are True and False")
-        options = {"decoder": DECODERS, "act_type": ACTIVATIONS, "adain_init": ADAIN_INITS}
-        for field, names in options.items():
-            is_named = getattr(self, field) in list(names)
-            self._require(field, is_named, f"allowed are {', '.join(names)}")
-        self._check_ip_spec()
+        for field, is_allowed, reason in self._rules():
+            if not is_allowed:
+                raise FieldError(field, getattr(self, field), reason)
 
-    def _require(self, field, is_allowed, reason):
-        """Raises a FieldError unless the field's value is allowed."""
-        if not is_allowed:
-            raise FieldError(field, getattr(self, field), reason)
-
-    def _check_sizes(self):
-        for field in dataclasses.fields(self):
-            if field.type is int:
-                reason = f"allowed are whole numbers from 1 to {LARGEST_SIZE}"
-                self._require(field.name, is_size(getattr(self, field.name)), reason)
-        for field, heads in (("dim", self.num_heads), ("decoder_dim", self.decoder_num_heads)):
+    def _rules(self):
+        """Yields a field, whether its value is allowed, and what is allowed. A rule relies on the
+        rules before it. Types are checked, too, as a config may come from a hostile file."""
+        for name in (field.name for field in dataclasses.fields(self) if field.type is int):
+            reason = f"allowed are whole numbers from 1 to {LARGEST_SIZE}"
+            yield name, is_size(getattr(self, name)), reason
+        for name, heads in (("dim", self.num_heads), ("decoder_dim", self.decoder_num_heads)):
             # 4: a position embedding is the sine and cosine of the row and of the column.
             reason = f"allowed are multiples of 4 and of the number of heads, {heads}"
-            self._require(field, getattr(self, field) % math.lcm(4, heads) == 0, reason)
+            yield name, getattr(self, name) % math.lcm(4, heads) == 0, reason
         size, patch_size = self.image_size, self.patch_size
-        is_whole = is_pair(size) and all(is_size(side) and side % patch_size == 0 for side in size)
+        is_grid = is_pair(size) and all(is_size(side) and side % patch_size == 0 for side in size)
         reason = f"allowed are a height and a width, multiples of {patch_size}, the patch size"
-        self._require("image_size", is_whole, reason)
-
-    def _check_ip_spec(self):
+        yield "image_size", is_grid, reason
+        lrmul, eps = self.mapping_net_lrmul, self.norm_eps
+        is_positive = type(lrmul) in (int, float) and 0 < lrmul < math.inf
+        yield "mapping_net_lrmul", is_positive, "allowed are finite numbers above 0"
+        is_fraction = type(eps) is float and 0 < eps < 1
+        yield "norm_eps", is_fraction, "allowed are numbers between 0 and 1"
+        yield "norm_pix_loss", type(self.norm_pix_loss) is bool, "allowed are True and False"
+        options = {"decoder": DECODERS, "act_type": ACTIVATIONS, "adain_init": ADAIN_INITS}
+        for name, names in options.items():
+            yield name, getattr(self, name) in list(names), f"allowed are {', '.join(names)}"
         pairs, last = self.ip_spec, self.depth + self.decoder_depth - 1
         are_pairs = isinstance(pairs, (tuple, list)) and all(map(is_pair, pairs))
-        self._require("ip_spec", are_pairs, "allowed are pairs (place, method)")
+        yield "ip_spec", are_pairs, "allowed are pairs (place, method)"
         for place, method in pairs:
             reason = f"unknown method {method!s:.40}; allowed are {', '.join(INJECTIONS)}"
-            self._require("ip_spec", method in list(INJECTIONS), reason)
+            yield "ip_spec", method in list(INJECTIONS), reason
             is_place = place == "mask" or (type(place) is int and 0 <= place <= last)
             reason = f"no place {place!s:.40}; allowed are 0 to {last} and mask"
-            self._require("ip_spec", is_place, reason)
+            yield "ip_spec", is_place, reason
         is_distinct = len({place for place, _ in pairs}) == len(pairs)
-        self._require("ip_spec", is_distinct, "a place can be named once only")
+        yield "ip_spec", is_distinct, "a place can be named once only"
 
     @property
     def grid(self):
@@ -169,8 +160,8 @@ def mapping_net(config, n_out):
 
 
 class Injection(nn.Module):
-    """A method of injection: all that the rest of the code relies on. It is built with the config,
-    the channels C of its place and the number of positions 1+L."""
+    """The interface of a method of injection; other code uses nothing else of an injection. It is
+    built with the config, the channels C of its place and the number of positions 1+L."""
 
     code_dim: int  # how many numbers of a code it reads; set in __init__
     # True: behind the last block of the encoder or decoder, acts after the LayerNorm that follows.
@@ -232,12 +223,12 @@ class Add(Injection):
         super().__init__()
         self.code_dim = n_positions * channels
         self.channels = channels
-        if config.adain_init == "identity":
-            self.scale = nn.Parameter(torch.zeros(channels))
+        is_identity = config.adain_init == "identity"
+        self.scale = nn.Parameter(torch.zeros(channels)) if is_identity else 1
 
     def forward(self, tokens, codes, positions):
         noise = pick(codes.unflatten(-1, (-1, self.channels)), positions)  # (N, K, T, C)
-        return tokens + noise * getattr(self, "scale", 1)
+        return tokens + noise * self.scale
 
 
 # To add a method of injection, write a subclass of Injection and name it here.
@@ -317,54 +308,47 @@ def reconstruction_loss(pred, images, mask, norm_pix_loss=True):
 # Blocks.
 
 
-def split_heads(x, num_heads):
-    """(B, T, C) -> (B, heads, T, C/heads)."""
-    return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
-
-
-def run_block(block, tokens, first=0):
-    """timm's Block on tokens (N, K, T, C) -> (N, K, T-first, C). Computes outputs only for tokens
-    from index `first` on, which attend to all tokens."""
-    x = tokens.flatten(0, 1)  # (N*K, T, C)
-    if first:  # the same as block(x)[:, first:]
-        mixed = attend_from(block.attn, block.norm1(x), first)
-        x = x[:, first:] + block.drop_path1(block.ls1(mixed))
-        x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-    else:
-        x = block(x)
-    return x.unflatten(0, tokens.shape[:2])
-
-
-def attend_from(attention, x, first):
-    """timm's Attention on x (B, T, C) with queries from index `first` on only: (B, T-first, C)."""
-    sizes = [x.shape[2], 2 * x.shape[2]]
-    query_weight, memory_weight = attention.qkv.weight.split(sizes)
-    bias = attention.qkv.bias
-    query_bias, memory_bias = (None, None) if bias is None else bias.split(sizes)
-    queries = F.linear(x[:, first:], query_weight, query_bias)
-    keys, values = F.linear(x, memory_weight, memory_bias).chunk(2, dim=-1)
+def attend(queries, keys, values, num_heads):
+    """Multi-head attention: queries (B, S, C), keys and values (B, T, C) -> (B, S, C)."""
     queries, keys, values = (
-        split_heads(part, attention.num_heads) for part in (queries, keys, values)
-    )
-    x = F.scaled_dot_product_attention(
-        attention.q_norm(queries),
-        attention.k_norm(keys),
-        values,
-        dropout_p=attention.attn_drop.p if attention.training else 0.0,
-    )  # (B, heads, T-first, C/heads)
-    return attention.proj_drop(attention.proj(attention.norm(x.transpose(1, 2).flatten(2))))
+        part.unflatten(2, (num_heads, -1)).transpose(1, 2) for part in (queries, keys, values)
+    )  # (B, heads, S or T, C/heads)
+    return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
+
+
+class SelfBlock(Block):
+    """timm's Block, whose tokens attend to each other. It can compute the last tokens only."""
+
+    def __init__(self, dim, num_heads, norm_layer):
+        # To use another option of timm's Block (qk_norm, drop_path, ...), honour it in `forward`.
+        super().__init__(dim, num_heads, qkv_bias=True, norm_layer=norm_layer)
+
+    def forward(self, tokens, first=0):
+        """tokens (N, K, T, C) -> (N, K, T-first, C): the outputs for the tokens from index `first`
+        on, which attend to all tokens."""
+        x = tokens.flatten(0, 1)  # (N*K, T, C)
+        if first == 0:
+            return super().forward(x).unflatten(0, tokens.shape[:2])
+        normed, qkv, sizes = self.norm1(x), self.attn.qkv, [x.shape[2], 2 * x.shape[2]]
+        query_weight, memory_weight = qkv.weight.split(sizes)
+        query_bias, memory_bias = qkv.bias.split(sizes)
+        queries = F.linear(normed[:, first:], query_weight, query_bias)
+        keys, values = F.linear(normed, memory_weight, memory_bias).chunk(2, dim=-1)
+        attended = attend(queries, keys, values, self.attn.num_heads)
+        x = x[:, first:] + self.attn.proj(attended)
+        x = x + self.mlp(self.norm2(x))
+        return x.unflatten(0, tokens.shape[:2])
 
 
 class CrossBlock(nn.Module):
     """A block whose tokens attend to a memory of other tokens, not to each other (the decoder of
     CrossMAE, Fu et al. 2025, section 3)."""
 
-    def __init__(self, dim, num_heads, qkv_bias, norm_layer):
+    def __init__(self, dim, num_heads, norm_layer):
         super().__init__()
         self.num_heads = num_heads
         self.norm1, self.norm2 = norm_layer(dim), norm_layer(dim)
-        self.q = nn.Linear(dim, dim, qkv_bias)
-        self.kv = nn.Linear(dim, 2 * dim, qkv_bias)
+        self.q, self.kv = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
         self.mlp = Mlp(dim, 4 * dim)
 
@@ -373,17 +357,16 @@ class CrossBlock(nn.Module):
         n, k = len(tokens), max(tokens.shape[1], memory.shape[1])
         parts = (self.q(self.norm1(tokens)), *self.kv(memory).chunk(2, dim=-1))
         queries, keys, values = (
-            split_heads(part.expand(n, k, -1, -1).flatten(0, 1), self.num_heads) for part in parts
-        )  # (N*K, heads, S or T, C/heads)
-        x = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
-        x = tokens + self.proj(x).unflatten(0, (n, k))
+            part.expand(n, k, -1, -1).flatten(0, 1) for part in parts
+        )  # (N*K, S or T, C)
+        attended = attend(queries, keys, values, self.num_heads).unflatten(0, (n, k))
+        x = tokens + self.proj(attended)
         return x + self.mlp(self.norm2(x))
 
 
 # ModelConfig.decoder -> class of the decoder's blocks. To add a decoder, add a class: a subclass of
-# CrossBlock is called with (tokens, memory); any other needs the parts of timm's Block that
-# `run_block` uses.
-DECODERS = {"self": Block, "cross": CrossBlock}
+# CrossBlock is called with (tokens, memory), any other with (tokens) or (tokens, first).
+DECODERS = {"self": SelfBlock, "cross": CrossBlock}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -413,9 +396,7 @@ class ImplicitMAE(nn.Module):
         self.patch_embed = PatchEmbed(c.image_size, c.patch_size, 3, c.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.dim))
         self.pos_embed = nn.Parameter(sincos_position_embedding(c.grid, c.dim), requires_grad=False)
-        self.blocks = nn.ModuleList(
-            Block(c.dim, c.num_heads, qkv_bias=True, norm_layer=norm) for _ in range(c.depth)
-        )
+        self.blocks = nn.ModuleList(SelfBlock(c.dim, c.num_heads, norm) for _ in range(c.depth))
         self.norm = norm(c.dim)
         self.decoder_embed = nn.Linear(c.dim, c.decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.decoder_dim))
@@ -423,7 +404,7 @@ class ImplicitMAE(nn.Module):
             sincos_position_embedding(c.grid, c.decoder_dim), requires_grad=False
         )
         self.decoder_blocks = nn.ModuleList(
-            DECODERS[c.decoder](c.decoder_dim, c.decoder_num_heads, qkv_bias=True, norm_layer=norm)
+            DECODERS[c.decoder](c.decoder_dim, c.decoder_num_heads, norm)
             for _ in range(c.decoder_depth)
         )
         self.decoder_norm = norm(c.decoder_dim)
@@ -519,13 +500,13 @@ class ImplicitMAE(nn.Module):
         """Runs the encoder on all patches: images (N,3,H,W) normalised, codes (N, D) or None ->
         tokens (N, 1+L, C) after the encoder's last norm; codes (N, K, D) -> (N, K, 1+L, C), or
         (N, 1, 1+L, C) if the encoder has no injection."""
+        if codes is not None and codes.ndim == 2:
+            return self.encode(images, codes[:, None])[:, 0]
         positions = torch.arange(self.pos_embed.shape[1], device=images.device)
         positions = positions.expand(len(images), -1)
-        several = codes is not None and codes.ndim == 3
-        codes = codes if codes is None or several else codes[:, None]
         x = self._run(self._embed(images, positions), codes, positions, 0, len(self.blocks))
         x = self._inject("norm", self.norm(x), codes, positions)
-        return x if several else x[:, 0]
+        return x[:, 0] if codes is None else x
 
     def _run(self, x, codes, positions, start, stop, first=0):
         """Runs blocks start to stop-1, numbered through encoder and decoder, each followed by its
@@ -539,9 +520,9 @@ class ImplicitMAE(nn.Module):
             if memory is not None:
                 x = blocks[place](x, memory)
             elif place == self.n_blocks - 1:  # no later block reads the other tokens
-                x, positions = run_block(blocks[place], x, first), positions[:, first:]
+                x, positions = blocks[place](x, first), positions[:, first:]
             else:
-                x = run_block(blocks[place], x)
+                x = blocks[place](x)
             x = self._inject(place, x, codes, positions)
         return x
 
@@ -607,7 +588,7 @@ class ImplicitMAE(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------
-# Presets, building models, and what training and pictures need of models.
+# Presets, building models, parameter groups, pictures.
 
 
 def sincos_position_embedding(grid, dim):

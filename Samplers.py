@@ -70,10 +70,9 @@ def choose_codes_surrogate(
         n_next = min(left, per_round)
         next_tried = most_promising(kernel, tried, residuals, n_next, rs_epsilon)  # (N, n_next)
         results = try_codes(model, prefix, images, seeds, next_tried, codes_per_pass)
-        tried = torch.cat([tried, next_tried], dim=1)
-        residuals, losses = (
-            torch.cat(pair, dim=1) for pair in zip((residuals, losses), results, strict=True)
-        )
+        tried = torch.cat([tried, next_tried], dim=1)  # (N, k)
+        residuals = torch.cat([residuals, results[0]], dim=1)  # (N, k, Q)
+        losses = torch.cat([losses, results[1]], dim=1)  # (N, k)
 
     best = sort_keys(losses, rs_epsilon).argmin(dim=1, keepdim=True)  # (N, 1)
     chosen = tried.gather(1, best)

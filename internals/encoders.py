@@ -3,11 +3,15 @@ nearest neighbours among these features."""
 
 import dataclasses
 import difflib
+from functools import partial
 from typing import NamedTuple
 
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision.models
+from huggingface_hub.utils import logging
 
 import Data
 import Utils
@@ -85,9 +89,8 @@ class ForeignEncoder(nn.Module):
         """images (N,3,H,W), normalised by our mean and std -> tokens (N, 1+L, C). A vector is given
         twice, as class token and as the only patch."""
         if (self.mean, self.std) != (MEAN, STD):
-            mean, std, our_mean, our_std = (
-                channels(values, images.device) for values in (self.mean, self.std, MEAN, STD)
-            )
+            all_values = (self.mean, self.std, MEAN, STD)
+            mean, std, our_mean, our_std = (channels(x, images.device) for x in all_values)
             images = images * (our_std / std) + (our_mean - mean) / std
         with autocast(images.device, self.dtype):
             tokens = self.features(images)
@@ -122,13 +125,12 @@ def load_foreign(library, name, trained, size, dtype):
 def load_from_timm(name, trained, path, size, dtype):
     """timm's model. Features: the tokens of a ViT that has a class token, else the classifier's
     input."""
-    import timm
-    from huggingface_hub.utils import logging
-
     logging.set_verbosity_error()  # hides warnings about retries; the final error says enough
     network = timm.create_model(name, pretrained=trained and not path, num_classes=0)
     if path:
-        load_without_classifier(network, path, network.pretrained_cfg.get("classifier"))
+        classifiers = network.pretrained_cfg.get("classifier") or ()
+        classifiers = [classifiers] if isinstance(classifiers, str) else classifiers
+        load_without_classifier(network, path, classifiers)
     config = timm.data.resolve_data_config(model=network)
     if size and hasattr(network, "set_input_size"):
         network.set_input_size(img_size=tuple(size))
@@ -146,49 +148,35 @@ def load_from_timm(name, trained, path, size, dtype):
 
 def load_from_torchvision(name, trained, path, size, dtype):
     """torchvision's model. Features: the input of its classifier, the last linear layer."""
-    from torchvision.models import get_model, get_model_weights
-
-    weights, network = get_model_weights(name).DEFAULT, get_model(name)
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    network = torchvision.models.get_model(name)
     linear = [at for at, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     if not linear:
         raise InputError(f"torchvision:{name} has no linear classifier, so no features to probe")
-    if trained:
-        load_without_classifier(network, path or fetch(weights.url), linear[-1])
     network.set_submodule(linear[-1], nn.Identity())
+    if trained:
+        load_without_classifier(network, path or fetch(weights.url), [linear[-1]])
     preset = weights.transforms()
     size = size or (preset.crop_size[0],) * 2
     return ForeignEncoder(network, size, preset.mean, preset.std, dtype)
 
 
-def timm_names():
-    import timm
-
-    return timm.list_models()
-
-
-def torchvision_names():
-    import torchvision
-
-    return torchvision.models.list_models(module=torchvision.models)
-
-
-# To probe models of another library, write two functions like those above and name them here.
+# To probe models of another library, write a function like the two above. Name it here, with a
+# function that lists the library's models.
 LIBRARIES = {
-    "timm": (load_from_timm, timm_names),
-    "torchvision": (load_from_torchvision, torchvision_names),
+    "timm": (load_from_timm, timm.list_models),
+    "torchvision": (
+        load_from_torchvision,
+        partial(torchvision.models.list_models, torchvision.models),
+    ),
 }
 
 
-def load_without_classifier(network, path, classifier):
-    """Loads a file's state dict into a network; an InputError where it does not fit. classifier:
-    the name, or names, of layers that stay as they are."""
-    classifiers = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
-
-    def in_classifier(name):
-        return name.rpartition(".")[0] in classifiers
-
-    state = {n: x for n, x in read_state(path)[0].items() if not in_classifier(n)}
-    state |= {n: x for n, x in network.state_dict().items() if in_classifier(n)}
+def load_without_classifier(network, path, classifiers):
+    """Loads a file's state dict, but not the layers named `classifiers`, into a network that lacks
+    these layers; an InputError where it does not fit."""
+    state, _ = read_state(path)
+    state = {n: x for n, x in state.items() if n.rpartition(".")[0] not in classifiers}
     with naming(path):
         load_all(network, state)
 

@@ -3,19 +3,19 @@ of facebookresearch/mae, and made into a model."""
 
 import dataclasses
 import hashlib
-import http.client
 import json
 import math
-import os
 import re
 import shutil
 import socket
 import sys
-import urllib.parse
 from pathlib import Path
 
 import torch
 from filelock import FileLock
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.utils import logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
@@ -84,10 +84,7 @@ def fetch(source, folder="mae_checkpoints"):
         return fetch_from_hub(source)
     if not source.startswith(("https://", "http://", "gdrive:")):
         return source
-    try:
-        path = Path(folder) / cached_name(source)
-    except ValueError as error:
-        raise InputError(f"{source} is no address ({error})") from None
+    path = Path(folder) / cached_name(source)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
@@ -95,10 +92,10 @@ def fetch(source, folder="mae_checkpoints"):
             with FileLock(path.with_name(f".{path.name}.lock")):
                 if not path.exists():  # another process may have been faster
                     download(source, path)
-    except (OSError, ValueError, http.client.HTTPException, InputError) as error:
-        reason = first_line(error)
+    except Exception as error:  # the errors of torch.hub, gdown and the disk share no base class
         raise InputError(
-            f"could not fetch {source} ({reason}); fetch it elsewhere and put it at {path}"
+            f"could not fetch {source} ({first_line(error)}); fetch it elsewhere and put it at "
+            f"{path}"
         ) from None
     return str(path)
 
@@ -108,71 +105,54 @@ def cached_name(source):
     name; the published files keep their names."""
     if source.startswith("gdrive:"):
         return source.replace(":", "-").replace("/", "_")
-    name = Path(urllib.parse.urlsplit(source).path).name[-100:] or "weights"
+    name = Path(re.split("[?#]", source)[0]).name[-100:]
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
     return name if source.startswith(MAE_ADDRESS) else f"{digest}-{name}"
 
 
 def download(source, path):
-    """Downloads the weights at an address or at gdrive:ID to `path`, with a progress bar. An
-    incomplete file raises an OSError and is not kept. The caller holds a lock."""
+    """Downloads the weights at an address or at gdrive:ID to `path`, with a progress bar. An error
+    of any kind where that fails; an incomplete file is not kept. The caller holds a lock."""
     folder = path.with_name(f".{path.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
     folder.mkdir()
     default_timeout = socket.getdefaulttimeout()
     try:
         socket.setdefaulttimeout(60)  # seconds without data; torch.hub has no limit of its own
-        partial, progress = folder / path.name, sys.stderr.isatty()
+        partial, progress = str(folder / path.name), sys.stderr.isatty()
         if source.startswith("gdrive:"):
-            download_from_drive(source.removeprefix("gdrive:"), partial, progress)
+            import gdown  # slow to import, seldom used
+
+            gdown.download(id=source.removeprefix("gdrive:"), output=partial, quiet=not progress)
         else:
-            torch.hub.download_url_to_file(source, str(partial), progress=progress)
+            torch.hub.download_url_to_file(source, partial, progress=progress)
         try:
             read_state(partial)  # also fails where the end of the file is missing
         except InputError:
-            raise OSError(
-                "the downloaded file is incomplete, damaged or holds no weights"
-            ) from None
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())  # a power cut leaves the whole file, or none
-        os.replace(partial, path)
+            raise InputError("the downloaded file is incomplete or holds no weights") from None
+        Path(partial).replace(path)
     finally:
         socket.setdefaulttimeout(default_timeout)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def download_from_drive(file_id, path, progress):
-    """Downloads a file from Google Drive to `path`; an OSError where that fails."""
-    import gdown  # slow to import, seldom used
-
-    try:
-        gdown.download(id=file_id, output=str(path), quiet=not progress)
-    except Exception as error:  # the errors of gdown and requests share no base class
-        raise OSError(first_line(error)) from None
-
-
 def fetch_from_hub(source):
     """The path of weights on the Hugging Face Hub, hf-hub:OWNER/NAME[/FILE][@REVISION], in the
     Hub's own cache. Their config.json, if there is one, is fetched into the same folder."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    from huggingface_hub.utils import logging
-
     logging.set_verbosity_error()  # hides warnings about retries; the error below says enough
     name, _, revision = source.removeprefix("hf-hub:").partition("@")
-    owner, _, rest = name.partition("/")
-    repository, _, file = rest.partition("/")
+    parts = name.split("/", 2)
+    repository, files = "/".join(parts[:2]), parts[2:] or HUB_FILES
 
     def get(file):
         """The file's path, or None where the repository has no such file."""
         try:
-            return hf_hub_download(f"{owner}/{repository}", file, revision=revision or None)
+            return hf_hub_download(repository, file, revision=revision or None)
         except LocalEntryNotFoundError:  # offline
             raise
         except EntryNotFoundError:
             return None
 
-    files = [file] if file else HUB_FILES
     try:
         get("config.json")
         path = next(filter(None, map(get, files)), None)
@@ -295,8 +275,9 @@ def hugging_face_fields(path):
 
 
 def infer_config(state, config_fields, overrides):
-    """The ModelConfig of a state dict: sizes are read off its tensors, `config_fields` come from
-    its file. `overrides` and the preset of these sizes fill in numbers of heads and the decoder."""
+    """The ModelConfig of a state dict. Sizes are read off its tensors; `config_fields` are the
+    fields that its file gives. `overrides`, and then the preset of these sizes, give the other
+    fields, such as the numbers of heads."""
     if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
         raise InputError("not the weights of a masked autoencoder or its encoder")
     sizes = tensor_sizes(state)
@@ -305,15 +286,14 @@ def infer_config(state, config_fields, overrides):
             raise InputError(
                 f"damaged: its {name} is {size}, but {config_fields[name]} in its config"
             )
-    weights_fields = {**sizes, **config_fields}
-    if has_decoder(state) and "decoder" not in config_fields:
+    fields = sizes | config_fields
+    if has_decoder(state):
         crosses = any(name.endswith(".kv.weight") for name in state)
-        weights_fields["decoder"] = "cross" if crosses else "self"
-    check_architecture(weights_fields, overrides)
-    preset = fitting_preset(sizes)
-    fields = dict(vars(PRESETS[preset])) if preset else {}
-    fields |= {name: overrides[name] for name in (*SIZES, "decoder") if name in overrides}
-    fields |= weights_fields
+        fields.setdefault("decoder", "cross" if crosses else "self")
+    check_architecture(fields, overrides)
+    preset, names = fitting_preset(sizes), (*SIZES, "decoder")
+    requested = {name: overrides[name] for name in names if name in overrides}
+    fields = (vars(PRESETS[preset]) if preset else {}) | requested | fields
     if "num_heads" not in fields or (has_decoder(state) and "decoder_num_heads" not in fields):
         shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise InputError(
@@ -348,15 +328,13 @@ def count_blocks(state, name):
 
 def fitting_preset(sizes):
     """The name of the first preset with these sizes, or None."""
-    for arch, preset in PRESETS.items():
-        if all(getattr(preset, name) == size for name, size in sizes.items()):
-            return arch
-    return None
+    fitting = (arch for arch in PRESETS if sizes.items() <= vars(PRESETS[arch]).items())
+    return next(fitting, None)
 
 
-def position_grid(pos_embed, patch_size, image_size=None):
+def position_grid(pos_embed, patch_size, image_size):
     """The (rows, columns) of patches that a position embedding (1, 1+L, C) was made for: the grid
-    whose fixed embedding it is, else a square, else the grid of `image_size`."""
+    whose fixed embedding it is, else a square, else the grid of `image_size`, if that is given."""
     length, channels = pos_embed.shape[1] - 1, pos_embed.shape[2]
     for rows in (n for n in range(1, length + 1) if length % n == 0):
         grid = rows, length // rows
@@ -373,12 +351,12 @@ def position_grid(pos_embed, patch_size, image_size=None):
 
 def check_architecture(weights_fields, overrides):
     """Refuses weights whose sizes or decoder differ from the requested ones."""
-    for name in SIZES:
-        size, requested = weights_fields.get(name), overrides.get(name)
-        if None not in (size, requested) and size != requested:
-            arch = fitting_preset({n: weights_fields[n] for n in SIZES if n in weights_fields})
+    sizes = {name: weights_fields[name] for name in SIZES if name in weights_fields}
+    for name, size in sizes.items():
+        if overrides.get(name, size) != size:
+            arch = fitting_preset(sizes)
             hint = f"; they fit --arch {arch}" if arch else ""
-            raise InputError(f"its {name} is {size}, expected was {requested}{hint}")
+            raise InputError(f"its {name} is {size}, expected was {overrides[name]}{hint}")
     decoder = weights_fields.get("decoder")
     if decoder and overrides.get("decoder", decoder) != decoder:
         raise InputError(
@@ -413,7 +391,7 @@ def load_weights(model, state, grid):
 
 def load_all(network, state):
     """Loads a state dict into a network; an InputError where a tensor is missing, unexpected, of
-    another shape or of whole numbers."""
+    another shape, or holds whole numbers instead of floats."""
     for name, tensor in network.state_dict().items():
         if name in state and state[name].is_floating_point() != tensor.is_floating_point():
             raise InputError(f"does not fit: {name} holds {state[name].dtype}")

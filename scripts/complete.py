@@ -71,6 +71,8 @@ def draw(args):
     pictures = [open_picture(path) for path in args.pictures]
     model = load_model(args.model, **overrides).to(device).eval()
     check_mask_ratio(args.mask_ratio, math.prod(model.config.grid))
+    if args.mosaic and not model.code_dim:
+        raise InputError(f"--mosaic: {args.model} has no codes, so only one completion")
 
     height, width = model.config.image_size
     fitted = [ImageOps.fit(picture, (width, height), Image.BICUBIC) for picture in pictures]
@@ -84,14 +86,10 @@ def draw(args):
         codes = model.sample_codes(seed, args.codes) if model.code_dim else None
         rows.append(completions(model, image, noise, codes, args.mask_ratio))
         if args.mosaic and i % args.masks == 0:
-            if not model.code_dim:
-                raise InputError(f"--mosaic: {args.model} has no codes, so only one completion")
             chosen = most_different_codes(model, image, noise, seed, args.mosaic, args.mask_ratio)
-            cells = completions(model, image, noise, chosen, args.mask_ratio)
-            mosaics.append(tiles(cells))
+            mosaics.append(tiles(completions(model, image, noise, chosen, args.mask_ratio)))
 
-    n_codes = rows[0].shape[1] - 2
-    names = [f"code {k + 1}" for k in range(n_codes)] if model.code_dim else ["completion"]
+    names = [f"code {k + 1}" for k in range(args.codes)] if model.code_dim else ["completion"]
     caption = f"Completions by {args.model}, {args.mask_ratio:.0%} of the patches masked."
     caption += NORMALIZED if model.config.norm_pix_loss else ""
     save(picture_grid(torch.cat(rows).cpu(), ["image", "masked", *names], caption), out)
@@ -145,11 +143,10 @@ def most_different(points, k):
 
 def tiles(cells):
     """Arranges pictures (1, n, 3, H, W) as (rows, columns, 3, H, W); empty places are white."""
-    n_rows, n_columns = MOSAIC
-    n_rows = min(n_rows, -(-cells.shape[1] // n_columns))
-    mosaic = cells.new_full((n_rows * n_columns, *cells.shape[2:]), 255)
-    mosaic[: cells.shape[1]] = cells[0]
-    return mosaic.unflatten(0, (n_rows, n_columns))
+    n_columns = MOSAIC[1]
+    n_empty = -cells.shape[1] % n_columns
+    white = cells.new_full((n_empty, *cells.shape[2:]), 255)
+    return torch.cat([cells[0], white]).unflatten(0, (-1, n_columns))
 
 
 def save(picture, path):

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from timm.models.vision_transformer import Block
 
 import IO
 import Models
@@ -309,27 +308,19 @@ def test_the_surrogate_goes_by_the_features_of_all_injections(state, method):
     )
 
 
-@pytest.mark.parametrize("qkv_bias", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_some_outputs_of_a_block_are_the_same_as_of_the_whole_block(qkv_bias, training):
-    parts = {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "init_values": 0.3}
+def test_some_outputs_of_a_block_are_the_same_as_of_the_whole_block(training):
     torch.manual_seed(0)
-    block = Block(24, 4, qkv_bias=qkv_bias, drop_path=0.5, proj_drop=0.0, **parts).train(training)
+    block, tokens = Models.build(TINY).train(training).blocks[0], torch.randn(2, 3, 7, 48)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    tokens = torch.randn(2, 3, 7, 24)
-    torch.manual_seed(1)  # of the paths that are dropped
-    expected = block(tokens.flatten(0, 1))[:, 4:].unflatten(0, (2, 3))
-    torch.manual_seed(1)
-    torch.testing.assert_close(Models.run_block(block, tokens, first=4), expected)
+    torch.testing.assert_close(block(tokens, first=4), block(tokens)[:, :, 4:])
 
 
-@pytest.mark.parametrize("dropout", ["proj_drop", "attn_drop"])
-@pytest.mark.parametrize("training", [True, False])
-def test_some_outputs_of_a_block_honour_its_dropout(dropout, training):
-    block, tokens = Block(24, 4, **{dropout: 1.0}).train(training), torch.randn(2, 3, 7, 24)
-    whole = Models.run_block(block, tokens)[:, :, 4:]
-    torch.testing.assert_close(Models.run_block(block, tokens, first=4), whole)
+@pytest.mark.parametrize("option", ["qk_norm", "scale_attn_norm", "drop_path", "attn_drop"])
+def test_options_of_timm_s_block_that_ours_does_not_honour_are_refused(option):
+    with pytest.raises(TypeError, match=option):
+        Models.SelfBlock(24, 4, torch.nn.LayerNorm, **{option: 1})
 
 
 def test_codes_are_a_pure_function_of_the_image_seed(state):
@@ -354,7 +345,7 @@ def test_encode_gives_unmasked_tokens_and_follows_codes(golden, state):
     order = everything.positions.argsort(1)
     reference = tiny_model(state)
     for block in [*reference.blocks[2:], reference.norm]:
-        everything = everything._replace(tokens=Models.run_block(block, everything.tokens))
+        everything = everything._replace(tokens=block(everything.tokens))
     expected = torch.take_along_dim(everything.tokens[:, 0], order[..., None], 1)
     torch.testing.assert_close(plain, expected, atol=1e-5, rtol=1e-5)
     codes = model.sample_codes(torch.arange(3), 1)[:, 0]
