@@ -298,14 +298,10 @@ def changeable_flags(parser):
     return {action.dest for action in parser._actions if getattr(action, "changeable", False)}
 
 
-# Fields of ModelConfig whose flag has another name.
-FLAG_OF_FIELD = {"image_size": "input_size"}
-
-
 def architecture_flags(config_class=ModelConfig):
     """Names of the flags that determine the model: a run can never go on with another value."""
     fields = {field.name for field in dataclasses.fields(config_class)}
-    return {FLAG_OF_FIELD.get(field, field) for field in fields} | {"arch", "ignore_z"}
+    return fields - {"image_size"} | {"input_size", "arch", "ignore_z"}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -317,10 +313,8 @@ def parse_flags(argv=None):
     parser = training_parser()
     use_flags_of_resumed_run(parser, argv)
     args = parser.parse_args(argv)
-    try:
+    with parser.errors():
         return resolve_flags(args)
-    except InputError as error:
-        parser.error(str(error))
 
 
 def use_flags_of_resumed_run(parser, argv):
@@ -330,10 +324,8 @@ def use_flags_of_resumed_run(parser, argv):
     path = early.parse_known_args(argv)[0].resume
     if not path:
         return
-    try:
+    with parser.errors(), naming("--resume"):
         known = read_run_checkpoint(path)["args"]
-    except InputError as error:
-        parser.error(f"--resume: {error}")
     parser.set_defaults(**{**known, "force_resume": 0})
     for action in parser._actions:
         action.required = action.required and action.dest not in known
@@ -343,7 +335,7 @@ def resolve_flags(args):
     """A new namespace in which every default that depends on other flags is filled in; an
     InputError for flags that contradict each other."""
     flags, preset = argparse.Namespace(**vars(args)), PRESETS[args.arch]
-    flags.input_size = list(args.input_size) * (2 if len(args.input_size) == 1 else 1)
+    flags.input_size = height_and_width(args.input_size)
     if args.norm_pix_loss is None:
         flags.norm_pix_loss = int(preset.norm_pix_loss)
     if args.mapping_net_lrmul is None:
@@ -357,7 +349,12 @@ def resolve_flags(args):
     flags.lr_z = args.lr if args.lr_z == -1 else args.lr_z
     flags.uid = args.uid or os.environ.get("SLURM_JOB_ID") or secrets.token_hex(4)
     resolve_shared_flags(flags)
-    check_flags(flags)
+    check_patches(flags, math.prod(check_model(flags).grid))
+    check_codes(flags)
+    check_steps(flags)
+    check_weights(flags)
+    if not re.fullmatch(r"[\w.+-]{1,64}", flags.uid, re.ASCII):
+        refuse(flags, "uid", "allowed are up to 64 letters, digits and . _ + -")
     if args.sp > args.ns and not args.ignore_z:
         say(f"note: --sp {args.sp} is lowered to {args.ns}, as --ns")
         flags.sp = args.ns
@@ -366,94 +363,30 @@ def resolve_flags(args):
     return flags
 
 
-def check_flags(flags):
-    """Refuses resolved flags that contradict each other; the InputError says what is allowed."""
-    check_patches(flags, math.prod(check_model(flags).grid))
-    check_sampling(flags)
-    check_steps(flags)
-    check_schedule(flags)
-    check_weights(flags)
-    if not re.fullmatch(r"[\w.+-]{1,64}", flags.uid, re.ASCII):
-        raise InputError(f"--uid {flags.uid}: allowed are up to 64 letters, digits and . _ + -")
+def refuse(flags, name, reason):
+    """Raises the InputError for a flag's value; reason: what is allowed, or what to do."""
+    value = getattr(flags, name)
+    words = value if isinstance(value, list) else [value]
+    raise InputError(f"--{name} {' '.join(map(str, words))}: {reason}")
+
+
+def check_model(flags):
+    """The ModelConfig of resolved flags; an InputError for sizes and options of no model."""
+    try:
+        return ModelConfig(**model_fields(flags))
+    except FieldError as error:
+        refuse(flags, "input_size" if error.field == "image_size" else error.field, error.reason)
 
 
 def check_patches(flags, n_patches):
     """Refuses shares of an image's patches that are none or all of them."""
     check_mask_ratio(flags.mask_ratio, n_patches)
-    share = f"--predict_ratio {flags.predict_ratio:g}"
     if flags.predict_ratio < 1 and flags.decoder == "self":
         reason = "--decoder self predicts all masked patches; use --decoder cross, or 1"
-        raise InputError(f"{share}: {reason}")
+        refuse(flags, "predict_ratio", reason)
     if round(flags.predict_ratio * n_patches) < 1:
         reason = f"at least one of {n_patches} patches must be predicted"
-        raise InputError(f"{share}: {reason}; use {1 / n_patches:.2g} or more")
-
-
-def check_steps(flags):
-    """Refuses too few gradient steps to use each image of a pool, and too small minibatches."""
-    least = math.ceil(flags.ex_per_epoch / flags.mini_bs)
-    if flags.ipe < least:
-        raise InputError(
-            f"--ipe {flags.ipe}: so few steps of --mini_bs {flags.mini_bs} images do not use each "
-            f"of the --ex_per_epoch {flags.ex_per_epoch} images; use at least {least}"
-        )
-    check_processes(flags.mini_bs, max(len(flags.gpus), int(os.environ.get("WORLD_SIZE", 1))))
-
-
-def check_schedule(flags):
-    """Refuses learning rates and schedules that contradict each other."""
-    if flags.n_ramp and flags.scheduler == "constant":
-        reason = "--scheduler constant has no ramp; use 0, or --scheduler linear_ramp"
-        raise InputError(f"--n_ramp {flags.n_ramp}: {reason}")
-    if flags.headstart_z and flags.ignore_z:
-        reason = "with --ignore_z 1 there are no injections that could learn first; use 0"
-        raise InputError(f"--headstart_z {flags.headstart_z}: {reason}")
-    if flags.min_lr > flags.lr or (flags.min_lr > flags.lr_z and not flags.ignore_z):
-        bounds = f"--lr {flags.lr:g}" + ("" if flags.ignore_z else f" and --lr_z {flags.lr_z:g}")
-        raise InputError(f"--min_lr {flags.min_lr:g}: must be at most {bounds}")
-
-
-def check_weights(flags):
-    """Refuses weights that training would not start from, or that are published nowhere."""
-    if flags.mae_weights and not flags.finetune:
-        reason = "--finetune 0 starts from random weights; use --finetune 1, or no --mae_weights"
-        raise InputError(f"--mae_weights: {reason}")
-    if not flags.finetune or flags.mae_weights:
-        return
-    advice = "name weights by --mae_weights, or train from scratch by --finetune 0"
-    if flags.decoder != "self":
-        reason = f"the published weights have no --decoder {flags.decoder}"
-        raise InputError(f"--finetune 1: {reason}; {advice}")
-    if flags.arch not in PUBLISHED:
-        reason = f"no weights are published for --arch {flags.arch}, only for"
-        raise InputError(f"--finetune 1: {reason} {', '.join(PUBLISHED)}; {advice}")
-
-
-def check_processes(mini_bs, n_processes):
-    """Refuses a minibatch that has fewer images than there are processes."""
-    if mini_bs < n_processes:
-        reason = f"each of the {n_processes} processes needs an image; use at least {n_processes}"
-        raise InputError(f"--mini_bs {mini_bs}: {reason}")
-
-
-def check_sampling(flags):
-    """Refuses flags of choosing codes that contradict each other."""
-    if flags.ignore_z:
-        given = {
-            "sampler": flags.sampler != "exhaustive",
-            "rs_epsilon": flags.rs_epsilon > 0,
-            "code_free_share": flags.code_free_share > 0,
-        }
-        for name in (name for name, is_given in given.items() if is_given):
-            raise InputError(f"--{name}: with --ignore_z 1 no codes are chosen; leave --{name} out")
-    if flags.sampler == "exhaustive" and flags.tries != -1:
-        raise InputError(f"--tries {flags.tries}: needs --sampler surrogate; or leave --tries out")
-    for method in flags.ip_spec[1::2]:
-        if flags.sampler == "surrogate" and not INJECTIONS[method].surrogate_can_learn:
-            reason = f"it can't rank codes of `{method}`, which have too many numbers; "
-            raise InputError(f"--sampler surrogate: {reason}use --sampler exhaustive")
-    if flags.tries > flags.ns:
-        raise InputError(f"--tries {flags.tries}: allowed are 1 to --ns {flags.ns}, or -1")
+        refuse(flags, "predict_ratio", f"{reason}; use {1 / n_patches:.2g} or more")
 
 
 def check_mask_ratio(mask_ratio, n_patches):
@@ -464,14 +397,67 @@ def check_mask_ratio(mask_ratio, n_patches):
         raise InputError(f"--mask_ratio {mask_ratio:g}: {reason}; allowed are some, but not all")
 
 
+def check_codes(flags):
+    """Refuses flags of codes that contradict each other, or that have no effect without codes."""
+    idle = {"sampler": "exhaustive", "rs_epsilon": 0, "code_free_share": 0, "headstart_z": 0}
+    for name, value in idle.items():
+        if flags.ignore_z and getattr(flags, name) != value:
+            refuse(flags, name, f"with --ignore_z 1 there are no codes; leave --{name} out")
+    if flags.sampler == "exhaustive" and flags.tries != -1:
+        refuse(flags, "tries", "needs --sampler surrogate; or leave --tries out")
+    for method in flags.ip_spec[1::2]:
+        if flags.sampler == "surrogate" and not INJECTIONS[method].surrogate_can_learn:
+            reason = f"it can't rank codes of `{method}`, which have too many numbers"
+            refuse(flags, "sampler", f"{reason}; use --sampler exhaustive")
+    if flags.tries > flags.ns:
+        refuse(flags, "tries", f"allowed are 1 to --ns {flags.ns}, or -1")
+
+
+def check_steps(flags):
+    """Refuses steps, minibatches, schedules and learning rates that contradict each other."""
+    least = math.ceil(flags.ex_per_epoch / flags.mini_bs)
+    if flags.ipe < least:
+        reason = f"so few steps of --mini_bs {flags.mini_bs} images do not use each of the"
+        refuse(flags, "ipe", f"{reason} --ex_per_epoch {flags.ex_per_epoch}; use at least {least}")
+    check_processes(flags, max(len(flags.gpus), int(os.environ.get("WORLD_SIZE", 1))))
+    if flags.n_ramp and flags.scheduler == "constant":
+        reason = "--scheduler constant has no ramp; use 0, or --scheduler linear_ramp"
+        refuse(flags, "n_ramp", reason)
+    rates = {"lr": flags.lr} if flags.ignore_z else {"lr": flags.lr, "lr_z": flags.lr_z}
+    for name, rate in rates.items():
+        if flags.min_lr > rate:
+            refuse(flags, "min_lr", f"allowed is at most --{name} {rate}")
+
+
+def check_processes(flags, n_processes):
+    """Refuses a minibatch that has fewer images than there are processes."""
+    if flags.mini_bs < n_processes:
+        reason = f"each of the {n_processes} processes needs an image; use at least {n_processes}"
+        refuse(flags, "mini_bs", reason)
+
+
+def check_weights(flags):
+    """Refuses weights that training would not start from, or that are published nowhere."""
+    if flags.mae_weights and not flags.finetune:
+        reason = "--finetune 0 starts from random weights; use --finetune 1, or no --mae_weights"
+        refuse(flags, "mae_weights", reason)
+    if flags.finetune and not flags.mae_weights:
+        advice = "name weights by --mae_weights, or train from scratch by --finetune 0"
+        if flags.decoder != "self":
+            reason = f"the published weights have no --decoder {flags.decoder}"
+            refuse(flags, "finetune", f"{reason}; {advice}")
+        if flags.arch not in PUBLISHED:
+            reason = f"no weights are published for --arch {flags.arch}, only for"
+            refuse(flags, "finetune", f"{reason} {', '.join(PUBLISHED)}; {advice}")
+
+
 def resolve_shared_flags(flags):
     """Resolves and checks, in place, flags that training and probes share."""
     with naming("--image_decoder"):
         check_decoder(flags.image_decoder)
     flags.gpus = device_names(flags.gpus, flags.processes)
     if flags.probe_augs_per_image > 1 and not flags.use_augs:
-        given = flags.probe_augs_per_image
-        raise InputError(f"--probe_augs_per_image {given}: needs --use_augs 1; or use 1 copy")
+        refuse(flags, "probe_augs_per_image", "needs --use_augs 1; or use 1 copy")
 
 
 # fmt: off
@@ -541,37 +527,40 @@ def parse_probe_flags(argv=None):
     """The flags of LinearProbe.py, checked; ends the program on a mistake."""
     parser = probe_parser()
     args = parser.parse_args(argv)
-    try:
+    with parser.errors():
         return resolve_probe_flags(args, parser.get_default)
-    except InputError as error:
-        parser.error(str(error))
 
 
 def resolve_probe_flags(args, default):
-    """A new namespace with what depends on other flags filled in; an InputError for what does not
-    go together. default(name): a flag's default."""
+    """A new namespace in which every default that depends on other flags is filled in; an
+    InputError for flags that contradict each other. default(name): a flag's default."""
     flags = argparse.Namespace(**vars(args))
-    if flags.input_size and len(flags.input_size) > 2:
-        size = " ".join(map(str, flags.input_size))
-        raise InputError(f"--input_size {size}: allowed are one or two numbers")
     if flags.input_size:
-        flags.input_size = list(flags.input_size) * (2 if len(flags.input_size) == 1 else 1)
+        flags.input_size = height_and_width(flags.input_size)
     if flags.global_pool is None:
-        flags.global_pool = int(bool(flags.fast))
+        flags.global_pool = flags.fast
     for name in ("lrs", "wds", "pools"):
-        if len(set(getattr(flags, name) or [])) < len(getattr(flags, name) or []):
-            raise InputError(f"--{name}: the same value twice; give each value once")
-    if flags.warmup_epochs is not None and flags.epochs and flags.warmup_epochs > flags.epochs:
-        bound = f"at most --epochs {flags.epochs} is allowed"
-        raise InputError(f"--warmup_epochs {flags.warmup_epochs}: {bound}")
+        values = getattr(flags, name) or []
+        if len(set(values)) < len(values):
+            refuse(flags, name, "the same value twice; give each value once")
+    if flags.epochs and (flags.warmup_epochs or 0) > flags.epochs:
+        refuse(flags, "warmup_epochs", f"allowed is at most --epochs {flags.epochs}")
     if flags.probe_codes > 1 and flags.probe_ignore_z:
-        raise InputError(f"--probe_codes {flags.probe_codes}: needs --probe_ignore_z 0")
+        refuse(flags, "probe_codes", "needs --probe_ignore_z 0")
     resolve_shared_flags(flags)
     idle = ONLY_FULL if flags.fast else ONLY_FAST
     given = [f"--{name}" for name in idle if getattr(args, name) != default(name)]
     if given:
         say(f"note: {', '.join(given)}: no part of the {'fast' if flags.fast else 'full'} probe")
     return flags
+
+
+def height_and_width(sizes):
+    """[height, width] from the one or two numbers of --input_size."""
+    if len(sizes) > 2:
+        size = " ".join(map(str, sizes))
+        raise InputError(f"--input_size {size}: allowed are one or two numbers")
+    return (list(sizes) * 2)[:2]
 
 
 def parse_ip_spec(words):
@@ -590,46 +579,35 @@ def device_names(gpus, processes):
     n_gpus = torch.cuda.device_count()
     if gpus is None:
         gpus = [str(i) for i in range(n_gpus)] or ["cpu"]
-        if gpus == ["cpu"] and torch.accelerator.is_available():
-            found = torch.accelerator.current_accelerator().type
-            say(f"note: {found} devices are not supported; using the CPU")
     ids = [name.removeprefix("cuda:") for name in gpus]
     if set(ids) == {"cpu"}:
         return ["cpu"] * processes
-    if "cpu" in ids:
-        raise InputError(f"--gpus {' '.join(gpus)}: cpu can't be combined with GPUs")
-    for name in ids:
-        if not (name.isdecimal() and int(name) < n_gpus):
-            allowed = f"0 to {n_gpus - 1}, or cpu" if n_gpus else "cpu, as this machine has no GPU"
-            raise InputError(f"--gpus {' '.join(gpus)}: no GPU {name}; allowed: {allowed}")
-    if len(set(ids)) < len(ids):
-        raise InputError(f"--gpus {' '.join(gpus)}: the same GPU twice")
+    with naming(f"--gpus {' '.join(gpus)}"):
+        if "cpu" in ids:
+            raise InputError("cpu can't be combined with GPUs")
+        for name in ids:
+            if name not in map(str, range(n_gpus)):
+                allowed = f"0 to {n_gpus - 1}, or cpu" if n_gpus else "cpu"
+                raise InputError(f"no GPU {name} on this machine; allowed: {allowed}")
+        if len(set(ids)) < len(ids):
+            raise InputError("the same GPU twice")
     if processes not in (1, len(ids)):
-        raise InputError(
-            f"--processes {processes}: with GPUs there is one process for each; leave it out"
-        )
+        reason = "with GPUs there is one process for each; leave --processes out"
+        raise InputError(f"--processes {processes}: {reason}")
     return [f"cuda:{name}" for name in ids]
 
 
 def model_fields(flags):
     """The fields of ModelConfig that resolved flags determine: all but norm_eps, which weights from
     elsewhere bring along."""
-    fields = {**vars(PRESETS[flags.arch]), **vars(flags)}
-    fields |= {
-        "image_size": tuple(flags.input_size),
-        "norm_pix_loss": bool(flags.norm_pix_loss),
-        "ip_spec": parse_ip_spec(flags.ip_spec),
-    }
-    names = [field.name for field in dataclasses.fields(ModelConfig)]
-    return {name: fields[name] for name in names if name != "norm_eps"}
-
-
-def check_model(flags):
-    """The ModelConfig of resolved flags; an InputError names a flag whose value is not allowed."""
-    try:
-        return ModelConfig(**model_fields(flags))
-    except FieldError as error:
-        flag = FLAG_OF_FIELD.get(error.field, error.field)
-        value = getattr(flags, flag)
-        words = value if isinstance(value, list) else [value]
-        raise InputError(f"--{flag} {' '.join(map(str, words))}: {error.reason}") from None
+    preset = vars(PRESETS[flags.arch])
+    fields = (
+        preset
+        | vars(flags)
+        | {
+            "image_size": tuple(flags.input_size),
+            "norm_pix_loss": bool(flags.norm_pix_loss),
+            "ip_spec": parse_ip_spec(flags.ip_spec),
+        }
+    )
+    return {name: fields[name] for name in preset if name != "norm_eps"}
