@@ -32,13 +32,8 @@ from Models import (
 )
 from Utils import InputError, naming, say
 
-WORKERS = min(
-    8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-)
-IMAGES = (
-    "a folder with one folder per class, a .tar of such a folder, or an .lmdb made by "
-    "scripts/pack.py"
-)
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+IMAGES = "a folder with one folder per class, a .tar of one, or an .lmdb made by scripts/pack.py"
 
 # -------------------------------------------------------------------------------------------------
 # The flags of TrainIMLE.py, one function per group. A flag that is added must be read somewhere.
@@ -79,12 +74,12 @@ def data_flags(parser, training=True):
     add("--use_augs", **SWITCH, default=1,
         help="1: random crops and flips in training, centre crops in tests; 0: plain resizing.")
     add("--image_decoder", choices=IMAGE_DECODERS, default="pillow",
-        help="Decoder of image files. torchcodec must be installed first; it is about twice as "
-        "fast as pillow, and its pixels differ by rounding.")
+        help="Decoder of image files. torchcodec must be installed; it is about twice as fast as "
+        "pillow, and its pixels differ by rounding.")
     add("--skip_bad_images", **SWITCH, default=0, changeable=training,
-        help="1: replace each damaged image by another image of its class, up to "
+        help="1: replace each damaged image by another one of its class, up to "
         f"{MOST_BAD * 1000:g} in 1000 images; 0: end with an error at a damaged image.")
-    add("--num_workers", type=whole(0), default=WORKERS, metavar="N", changeable=True,
+    add("--num_workers", type=whole(0), default=min(8, CORES), metavar="N", changeable=True,
         help="Workers per process that load images; default: number of CPU cores, at most 8.")
     add("--loader_timeout", type=real(1), default=120.0, metavar="SECONDS", changeable=True,
         help="Seconds without an image from a loader worker until the program ends with an error.")
@@ -117,8 +112,8 @@ def model_flags(parser):
         help="Initial weights of the mapping network. original: random, as in StyleGAN; identity: "
         "the injection changes nothing at the first step, and learns faster.")
     add("--finetune", **SWITCH, default=1,
-        help="1: start from pretrained weights, those of --mae_weights or else the published ones "
-        "for --arch; 0: start from random weights.")
+        help="1: start from the weights of --mae_weights, or else from those published for --arch; "
+        "0: start from random weights.")
     add("--mae_weights", metavar="SOURCE", changeable=True, help=f"Pretrained weights: {SOURCES}.")
     add("--ignore_z", **SWITCH, default=0,
         help="1: train a plain MAE, without codes; 0: train with codes.")
@@ -134,8 +129,7 @@ def step_flags(parser):
     add("--mini_bs", type=whole(1), default=32, metavar="IMAGES",
         help="Number of images per gradient step, over all processes.")
     add("--accum", type=whole(1), default=1, metavar="PARTS", changeable=True,
-        help="Number of parts in which a process computes its share of a gradient step; more parts "
-        "need less memory.")
+        help="Parts in which a process computes its share of a step; more parts need less memory.")
     add("--shuffle_data", **SWITCH, default=1,
         help="1: draw pools and minibatches in random order; 0: in the order of the data.")
 
@@ -143,23 +137,21 @@ def step_flags(parser):
 def code_flags(parser):
     add = parser.group("choosing codes")
     add("--ns", type=whole(1), default=128, metavar="CODES",
-        help="Number of codes tried per image, of which the one with the lowest loss is chosen.")
+        help="Number of codes tried per image; the code with the lowest loss is chosen.")
     add("--code_bs", type=whole(1), default=32, metavar="IMAGES", changeable=True,
         help="Number of images in one sampling pass of a process.")
     add("--sp", type=whole(1), default=64, metavar="CODES", changeable=True,
-        help="Largest number of codes per image in one sampling pass; on a CPU a pass may have "
-        "fewer, to fit into the cache.")
+        help="Largest number of codes per image in one sampling pass; on a CPU fewer may be faster.")
     add("--sampler", choices=("exhaustive", "surrogate"), default="exhaustive",
         help="How codes are chosen. exhaustive: try all --ns codes; surrogate: try only --tries of "
         "them, mostly codes that a regression on the codes tried before predicts to be best.")
     add("--tries", type=whole(1, also=-1), default=-1, metavar="CODES",
         help="Number of codes tried per image with --sampler surrogate; -1: a fifth of --ns.")
     add("--rs_epsilon", type=real(0), default=0.0, metavar="LOSS",
-        help="RS-IMLE: codes with a loss below this number are chosen only if there are no others; "
-        "0: off.")
+        help="RS-IMLE: codes with a loss below LOSS are chosen only if all codes have; 0: off.")
     add("--code_free_share", type=real(0, 0.99), default=0.0, metavar="SHARE",
-        help="Share of gradient steps that are taken without codes, as in a plain MAE, evenly "
-        "spaced. These steps improve the features without codes, which probes use.")
+        help="Share of gradient steps, evenly spaced, that are taken without codes, as in a plain "
+        "MAE; they improve the features without codes, which probes use.")
 
 
 def optimizer_flags(parser):
@@ -196,8 +188,8 @@ def mask_flags(parser):
     add("--fix_mask_noise", **SWITCH, default=0,
         help="1: an image has the same mask in every epoch; 0: a new mask in every epoch.")
     add("--predict_ratio", type=real(0, 1), metavar="SHARE",
-        help="Share of an image's patches that are predicted in training, drawn from its masked "
-        "patches; default: 0.25 with --decoder cross, else all masked patches, as in validation.")
+        help="Share of an image's patches, drawn from its masked ones, that are predicted in "
+        "training; default: 0.25 with --decoder cross, else all masked patches.")
     add("--norm_pix_loss", **SWITCH,
         help="Targets of the predictions. 1: patches, each normalised by its mean and deviation; "
         "0: raw pixels; default: 1, or 0 with --arch vit_base_vis.")
@@ -245,8 +237,7 @@ def validation_flags(parser):
     add("--z_per_ex_vis", type=whole(1), default=8, metavar="CODES",
         help="Number of codes, one per column, in the pictures of completions.")
     add("--steps_per_eval", type=whole(0), default=64, metavar="STEPS",
-        help="Number of gradient steps between validations, besides those before the first and "
-        "after the last step; 0: no validation.")
+        help="Validate every STEPS gradient steps, before the first and after the last; 0: never.")
     add("--get_mae_baseline", **SWITCH, default=1,
         help="1: also validate the initial network without codes; 0: only with codes.")
 
@@ -256,14 +247,12 @@ def device_flags(parser, training=True):
     add = parser.group("devices and precision", changeable=True)
     if training:
         add("--fp16", action=argparse.BooleanOptionalAction, default=True,
-            help="Gradient steps in mixed precision, in a format that the device computes "
-            "natively; --no-fp16: in float32.")
+            help="Gradient steps in mixed precision (bfloat16 or float16); --no-fp16: in float32.")
     add("--sample_dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         changeable=training,
-        help="Precision of sampling, validation and probe features, which need no gradients; "
-        "auto: the fastest that the device computes natively.")
+        help="Precision of sampling, validation and probe features; auto: the device's fastest.")
     add("--gpus", nargs="+", metavar="ID",
-        help="Ids of GPUs, one process each, or `cpu`; default: all visible GPUs, else the CPU.")
+        help="Ids of CUDA GPUs, one process each, or `cpu`; default: all visible, else the CPU.")
     add("--processes", type=whole(1), default=1, metavar="N", help="Processes with --gpus cpu.")
 
 
@@ -274,8 +263,7 @@ def run_flags(parser):
     add("--save_minutes", type=real(0), default=10.0, metavar="MINUTES",
         help="Minutes between saves of the newest checkpoint, besides a save at the end.")
     add("--wandb", choices=("disabled", "offline", "online"), default="disabled",
-        help="Copy of metrics and pictures for Weights & Biases: none, in files to upload later, "
-        "or uploaded at once.")
+        help="Copy of metrics and pictures for W&B: none, in files to upload later, or online.")
     add("--save_folder", default=".", metavar="DIR", help="Runs are saved in DIR/models/NAME.")
     add("--suffix", default="", metavar="TEXT", help="Text that the run's name contains.")
     add("--uid", metavar="TEXT",
@@ -285,8 +273,7 @@ def run_flags(parser):
     add("--resume", metavar="CHECKPOINT",
         help="Newest checkpoint of a run to go on with; flags not given keep that run's values.")
     add("--force_resume", **SWITCH, default=0,
-        help="1: go on with a run although flags of its training have changed; 0: refuse to. "
-        "Flags of its model can never change.")
+        help="1: go on although flags of training, not of the model, have changed; 0: refuse to.")
     add("--staged", metavar="DIR",
         help="Folder on a fast disk with copies of the data: DIR/PATH is read in place of /PATH of "
         "--data_tr or --data_val; the run's name keeps /PATH (scripts/slurm_submit.py --stage).")
@@ -473,8 +460,7 @@ def probe_parser():
     add("--model", required=True, metavar="SOURCE",
         help=f"Weights of the encoder to probe: {SOURCES}; {FOREIGN_SOURCES}.")
     add("--input_size", type=whole(1), nargs="+", metavar="PIXELS",
-        help="Side, or height and width, in pixels of the images that the network sees; default: "
-        "the size that the network was trained with.")
+        help="Side, or height and width, of images in pixels; default: as the network was trained.")
     add("--probe_codes", type=whole(1), default=1, metavar="CODES",
         help="Number of codes per image over which features are averaged (--probe_ignore_z 0).")
     add("--fast", **SWITCH, default=0, changeable=True,
@@ -485,26 +471,23 @@ def probe_parser():
     add = parser.group("full probe")
     add("--lrs", type=real(0), nargs="+", default=[0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0],
         metavar="RATE",
-        help="Base learning rates per 256 images: a head is trained with each. MAE uses 0.1; "
-        "small data sets need more.")
+        help="Base learning rates per 256 images, one head each; MAE: 0.1, small data need more.")
     add("--wds", type=real(0), nargs="+", default=[0.0], metavar="RATE",
         help="Weight decays: a head is trained with each, for each of --lrs.")
     add("--pools", nargs="+", choices=("cls", "mean", "both"),
         help="Features that heads are trained on. cls: class token; mean: mean of the patch "
         "tokens; both: the two, concatenated; default: cls, or mean with --global_pool 1.")
     add("--hold_out", type=real(0.001, 0.9), default=0.1, metavar="SHARE",
-        help="Share of each class's training images that is held out to choose the best head; one "
-        "head alone needs none.")
+        help="Share of each class's training images held out to choose the best of several heads.")
     add("--epochs", type=whole(1), metavar="N",
         help="Number of epochs of the full probe; default: 90, or 50 for ViT-L and ViT-H.")
     add("--warmup_epochs", type=whole(0), metavar="N",
         help="Length of the linear warm-up in epochs; default: 10, at most a fifth of --epochs.")
     add("--batch_size", type=whole(2), metavar="IMAGES",
-        help="Number of images per gradient step of the heads, over all processes; default: 512, "
-        "at most an eighth of the training images. MAE's paper uses 16384.")
+        help="Images per gradient step of the heads, over all processes; default: 512, at most an "
+        "eighth of the training images. MAE's paper uses 16384.")
     add("--keep_gb", type=real(0), default=8.0, metavar="GB", changeable=True,
-        help="Memory of the device for features, in GB. With --use_augs 0, features that fit are "
-        "computed once, not in each epoch.")
+        help="Memory for features in GB; with --use_augs 0, features that fit are computed once.")
     add("--save_minutes", type=real(0), default=10.0, metavar="MINUTES", changeable=True,
         help="Minutes between saves of the probe's checkpoint.")
     add("--save_folder", default=".", metavar="DIR", changeable=True,
