@@ -141,14 +141,14 @@ def code_flags(parser):
     add("--code_bs", type=whole(1), default=32, metavar="IMAGES", changeable=True,
         help="Number of images in one sampling pass of a process.")
     add("--sp", type=whole(1), default=64, metavar="CODES", changeable=True,
-        help="Largest number of codes per image in one sampling pass; on a CPU fewer may be faster.")
+        help="Largest number of codes per image in one sampling pass; a CPU's pass may have fewer.")
     add("--sampler", choices=("exhaustive", "surrogate"), default="exhaustive",
         help="How codes are chosen. exhaustive: try all --ns codes; surrogate: try only --tries of "
         "them, mostly codes that a regression on the codes tried before predicts to be best.")
     add("--tries", type=whole(1, also=-1), default=-1, metavar="CODES",
         help="Number of codes tried per image with --sampler surrogate; -1: a fifth of --ns.")
     add("--rs_epsilon", type=real(0), default=0.0, metavar="LOSS",
-        help="RS-IMLE: codes with a loss below LOSS are chosen only if all codes have; 0: off.")
+        help="RS-IMLE: a code with a loss below LOSS is chosen only if all are below; 0: off.")
     add("--code_free_share", type=real(0, 0.99), default=0.0, metavar="SHARE",
         help="Share of gradient steps, evenly spaced, that are taken without codes, as in a plain "
         "MAE; they improve the features without codes, which probes use.")
