@@ -112,8 +112,7 @@ def model_flags(parser):
         help="Initial weights of the mapping network. original: random, as in StyleGAN; identity: "
         "the injection changes nothing at the first step, and learns faster.")
     add("--finetune", **SWITCH, default=1,
-        help="1: start from the weights of --mae_weights, or else from those published for --arch; "
-        "0: start from random weights.")
+        help="Initial weights. 1: --mae_weights, or else those published for --arch; 0: random.")
     add("--mae_weights", metavar="SOURCE", changeable=True, help=f"Pretrained weights: {SOURCES}.")
     add("--ignore_z", **SWITCH, default=0,
         help="1: train a plain MAE, without codes; 0: train with codes.")
@@ -322,7 +321,6 @@ def resolve_flags(args):
     """A new namespace in which every default that depends on other flags is filled in; an
     InputError for flags that contradict each other."""
     flags, preset = argparse.Namespace(**vars(args)), PRESETS[args.arch]
-    flags.input_size = height_and_width(args.input_size)
     if args.norm_pix_loss is None:
         flags.norm_pix_loss = int(preset.norm_pix_loss)
     if args.mapping_net_lrmul is None:
@@ -413,7 +411,7 @@ def check_steps(flags):
     rates = {"lr": flags.lr} if flags.ignore_z else {"lr": flags.lr, "lr_z": flags.lr_z}
     for name, rate in rates.items():
         if flags.min_lr > rate:
-            refuse(flags, "min_lr", f"allowed is at most --{name} {rate}")
+            refuse(flags, "min_lr", f"at most --{name} {rate} is allowed")
 
 
 def check_processes(flags, n_processes):
@@ -442,6 +440,8 @@ def resolve_shared_flags(flags):
     """Resolves and checks, in place, flags that training and probes share."""
     with naming("--image_decoder"):
         check_decoder(flags.image_decoder)
+    if flags.input_size:
+        flags.input_size = height_and_width(flags.input_size)
     flags.gpus = device_names(flags.gpus, flags.processes)
     if flags.probe_augs_per_image > 1 and not flags.use_augs:
         refuse(flags, "probe_augs_per_image", "needs --use_augs 1; or use 1 copy")
@@ -484,8 +484,7 @@ def probe_parser():
     add("--warmup_epochs", type=whole(0), metavar="N",
         help="Length of the linear warm-up in epochs; default: 10, at most a fifth of --epochs.")
     add("--batch_size", type=whole(2), metavar="IMAGES",
-        help="Images per gradient step of the heads, over all processes; default: 512, at most an "
-        "eighth of the training images. MAE's paper uses 16384.")
+        help="Images per gradient step, over all processes; default: 512, at most 1/8 of the data.")
     add("--keep_gb", type=real(0), default=8.0, metavar="GB", changeable=True,
         help="Memory for features in GB; with --use_augs 0, features that fit are computed once.")
     add("--save_minutes", type=real(0), default=10.0, metavar="MINUTES", changeable=True,
@@ -518,8 +517,6 @@ def resolve_probe_flags(args, default):
     """A new namespace in which every default that depends on other flags is filled in; an
     InputError for flags that contradict each other. default(name): a flag's default."""
     flags = argparse.Namespace(**vars(args))
-    if flags.input_size:
-        flags.input_size = height_and_width(flags.input_size)
     if flags.global_pool is None:
         flags.global_pool = flags.fast
     for name in ("lrs", "wds", "pools"):
@@ -527,7 +524,7 @@ def resolve_probe_flags(args, default):
         if len(set(values)) < len(values):
             refuse(flags, name, "the same value twice; give each value once")
     if flags.epochs and (flags.warmup_epochs or 0) > flags.epochs:
-        refuse(flags, "warmup_epochs", f"allowed is at most --epochs {flags.epochs}")
+        refuse(flags, "warmup_epochs", f"at most --epochs {flags.epochs} is allowed")
     if flags.probe_codes > 1 and flags.probe_ignore_z:
         refuse(flags, "probe_codes", "needs --probe_ignore_z 0")
     resolve_shared_flags(flags)
@@ -543,7 +540,7 @@ def height_and_width(sizes):
     if len(sizes) > 2:
         size = " ".join(map(str, sizes))
         raise InputError(f"--input_size {size}: allowed are one or two numbers")
-    return (list(sizes) * 2)[:2]
+    return [sizes[0], sizes[-1]]
 
 
 def parse_ip_spec(words):
@@ -559,21 +556,15 @@ def parse_ip_spec(words):
 
 def device_names(gpus, processes):
     """--gpus and --processes as torch's device names, one per process."""
-    n_gpus = torch.cuda.device_count()
-    if gpus is None:
-        gpus = [str(i) for i in range(n_gpus)] or ["cpu"]
-    ids = [name.removeprefix("cuda:") for name in gpus]
+    gpus_here = [str(number) for number in range(torch.cuda.device_count())]
+    ids = [name.removeprefix("cuda:") for name in gpus or gpus_here or ["cpu"]]
     if set(ids) == {"cpu"}:
         return ["cpu"] * processes
-    with naming(f"--gpus {' '.join(gpus)}"):
-        if "cpu" in ids:
-            raise InputError("cpu can't be combined with GPUs")
-        for name in ids:
-            if name not in map(str, range(n_gpus)):
-                allowed = f"0 to {n_gpus - 1}, or cpu" if n_gpus else "cpu"
-                raise InputError(f"no GPU {name} on this machine; allowed: {allowed}")
-        if len(set(ids)) < len(ids):
-            raise InputError("the same GPU twice")
+    for name in ids:
+        if name not in gpus_here or ids.count(name) > 1:
+            reason = f"GPU {name} twice" if name in gpus_here else f"no GPU {name} on this machine"
+            allowed = ", ".join([*gpus_here, "or cpu alone"])
+            raise InputError(f"--gpus {' '.join(gpus)}: {reason}; allowed: {allowed}")
     if processes not in (1, len(ids)):
         reason = "with GPUs there is one process for each; leave --processes out"
         raise InputError(f"--processes {processes}: {reason}")
@@ -584,13 +575,8 @@ def model_fields(flags):
     """The fields of ModelConfig that resolved flags determine: all but norm_eps, which weights from
     elsewhere bring along."""
     preset = vars(PRESETS[flags.arch])
-    fields = (
-        preset
-        | vars(flags)
-        | {
-            "image_size": tuple(flags.input_size),
-            "norm_pix_loss": bool(flags.norm_pix_loss),
-            "ip_spec": parse_ip_spec(flags.ip_spec),
-        }
-    )
+    fields = preset | vars(flags)
+    fields["image_size"] = tuple(flags.input_size)
+    fields["norm_pix_loss"] = bool(flags.norm_pix_loss)
+    fields["ip_spec"] = parse_ip_spec(flags.ip_spec)
     return {name: fields[name] for name in preset if name != "norm_eps"}
