@@ -128,7 +128,7 @@ def step_flags(parser):
     add("--mini_bs", type=whole(1), default=32, metavar="IMAGES",
         help="Number of images per gradient step, over all processes.")
     add("--accum", type=whole(1), default=1, metavar="PARTS", changeable=True,
-        help="Parts in which a process computes its share of a step; more parts need less memory.")
+        help="Parts in which a process computes a gradient step; more parts need less memory.")
     add("--shuffle_data", **SWITCH, default=1,
         help="1: draw pools and minibatches in random order; 0: in the order of the data.")
 
@@ -236,7 +236,7 @@ def validation_flags(parser):
     add("--z_per_ex_vis", type=whole(1), default=8, metavar="CODES",
         help="Number of codes, one per column, in the pictures of completions.")
     add("--steps_per_eval", type=whole(0), default=64, metavar="STEPS",
-        help="Validate every STEPS gradient steps, before the first and after the last; 0: never.")
+        help="Validate every STEPS steps, also before the first and after the last; 0: never.")
     add("--get_mae_baseline", **SWITCH, default=1,
         help="1: also validate the initial network without codes; 0: only with codes.")
 
@@ -471,7 +471,7 @@ def probe_parser():
     add = parser.group("full probe")
     add("--lrs", type=real(0), nargs="+", default=[0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0],
         metavar="RATE",
-        help="Base learning rates per 256 images, one head each; MAE: 0.1, small data need more.")
+        help="Learning rates per 256 images, one head each; MAE uses 0.1, small data need more.")
     add("--wds", type=real(0), nargs="+", default=[0.0], metavar="RATE",
         help="Weight decays: a head is trained with each, for each of --lrs.")
     add("--pools", nargs="+", choices=("cls", "mean", "both"),
@@ -484,7 +484,7 @@ def probe_parser():
     add("--warmup_epochs", type=whole(0), metavar="N",
         help="Length of the linear warm-up in epochs; default: 10, at most a fifth of --epochs.")
     add("--batch_size", type=whole(2), metavar="IMAGES",
-        help="Images per gradient step, over all processes; default: 512, at most 1/8 of the data.")
+        help="Images per step over all processes; default: 512, at most 1/8 of the training images.")
     add("--keep_gb", type=real(0), default=8.0, metavar="GB", changeable=True,
         help="Memory for features in GB; with --use_augs 0, features that fit are computed once.")
     add("--save_minutes", type=real(0), default=10.0, metavar="MINUTES", changeable=True,
