@@ -298,9 +298,8 @@ def parse_flags(argv=None):
     """The flags of TrainIMLE.py, resolved and checked; ends the program on a mistake."""
     parser = training_parser()
     use_flags_of_resumed_run(parser, argv)
-    args = parser.parse_args(argv)
     with parser.errors():
-        return resolve_flags(args)
+        return resolve_flags(parser.parse_args(argv))
 
 
 def use_flags_of_resumed_run(parser, argv):
@@ -329,8 +328,9 @@ def resolve_flags(args):
         flags.predict_ratio = 0.25 if args.decoder == "cross" else 1.0
     if args.tries == -1 and args.sampler == "surrogate":
         flags.tries = max(1, args.ns // 5)
-    words = [] if args.ignore_z else args.ip_spec or [str(preset.depth - 1), "adain"]
-    flags.ip_spec = [str(word) for pair in parse_ip_spec(words) for word in pair]
+    flags.ip_spec = args.ip_spec or [str(preset.depth - 1), "adain"]
+    if args.ignore_z:
+        flags.ip_spec = []
     flags.lr_z = args.lr if args.lr_z == -1 else args.lr_z
     flags.uid = args.uid or os.environ.get("SLURM_JOB_ID") or secrets.token_hex(4)
     resolve_shared_flags(flags)
@@ -484,7 +484,7 @@ def probe_parser():
     add("--warmup_epochs", type=whole(0), metavar="N",
         help="Length of the linear warm-up in epochs; default: 10, at most a fifth of --epochs.")
     add("--batch_size", type=whole(2), metavar="IMAGES",
-        help="Images per step over all processes; default: 512, at most 1/8 of the training images.")
+        help="Images per step of all processes; default: 512, at most 1/8 of the training images.")
     add("--keep_gb", type=real(0), default=8.0, metavar="GB", changeable=True,
         help="Memory for features in GB; with --use_augs 0, features that fit are computed once.")
     add("--save_minutes", type=real(0), default=10.0, metavar="MINUTES", changeable=True,
@@ -508,9 +508,8 @@ ONLY_FULL = "lrs wds pools hold_out epochs warmup_epochs batch_size keep_gb save
 def parse_probe_flags(argv=None):
     """The flags of LinearProbe.py, checked; ends the program on a mistake."""
     parser = probe_parser()
-    args = parser.parse_args(argv)
     with parser.errors():
-        return resolve_probe_flags(args, parser.get_default)
+        return resolve_probe_flags(parser.parse_args(argv), parser.get_default)
 
 
 def resolve_probe_flags(args, default):
