@@ -32,13 +32,8 @@ from Models import (
 )
 from Utils import InputError, naming, say
 
-WORKERS = min(
-    8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-)
-IMAGES = (
-    "a folder with one folder per class, a .tar of such a folder, or an .lmdb made by "
-    "scripts/pack.py"
-)
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+IMAGES = "a folder with one folder per class, a .tar of one, or an .lmdb made by scripts/pack.py"
 
 # -------------------------------------------------------------------------------------------------
 # The flags of TrainIMLE.py, one function per group. A flag that is added must be read somewhere.
@@ -79,12 +74,12 @@ def data_flags(parser, training=True):
     add("--use_augs", **SWITCH, default=1,
         help="1: random crops and flips in training, centre crops in tests; 0: plain resizing.")
     add("--image_decoder", choices=IMAGE_DECODERS, default="pillow",
-        help="Decoder of image files. torchcodec must be installed first; it is about twice as "
-        "fast as pillow, and its pixels differ by rounding.")
+        help="Decoder of image files. torchcodec must be installed; it is about twice as fast as "
+        "pillow, and its pixels differ by rounding.")
     add("--skip_bad_images", **SWITCH, default=0, changeable=training,
-        help="1: replace each damaged image by another image of its class, up to "
+        help="1: replace each damaged image by another one of its class, up to "
         f"{MOST_BAD * 1000:g} in 1000 images; 0: end with an error at a damaged image.")
-    add("--num_workers", type=whole(0), default=WORKERS, metavar="N", changeable=True,
+    add("--num_workers", type=whole(0), default=min(8, CORES), metavar="N", changeable=True,
         help="Workers per process that load images; default: number of CPU cores, at most 8.")
     add("--loader_timeout", type=real(1), default=120.0, metavar="SECONDS", changeable=True,
         help="Seconds without an image from a loader worker until the program ends with an error.")
@@ -117,8 +112,7 @@ def model_flags(parser):
         help="Initial weights of the mapping network. original: random, as in StyleGAN; identity: "
         "the injection changes nothing at the first step, and learns faster.")
     add("--finetune", **SWITCH, default=1,
-        help="1: start from pretrained weights, those of --mae_weights or else the published ones "
-        "for --arch; 0: start from random weights.")
+        help="Initial weights. 1: --mae_weights, or else those published for --arch; 0: random.")
     add("--mae_weights", metavar="SOURCE", changeable=True, help=f"Pretrained weights: {SOURCES}.")
     add("--ignore_z", **SWITCH, default=0,
         help="1: train a plain MAE, without codes; 0: train with codes.")
@@ -134,8 +128,7 @@ def step_flags(parser):
     add("--mini_bs", type=whole(1), default=32, metavar="IMAGES",
         help="Number of images per gradient step, over all processes.")
     add("--accum", type=whole(1), default=1, metavar="PARTS", changeable=True,
-        help="Number of parts in which a process computes its share of a gradient step; more parts "
-        "need less memory.")
+        help="Parts in which a process computes a gradient step; more parts need less memory.")
     add("--shuffle_data", **SWITCH, default=1,
         help="1: draw pools and minibatches in random order; 0: in the order of the data.")
 
@@ -143,23 +136,21 @@ def step_flags(parser):
 def code_flags(parser):
     add = parser.group("choosing codes")
     add("--ns", type=whole(1), default=128, metavar="CODES",
-        help="Number of codes tried per image, of which the one with the lowest loss is chosen.")
+        help="Number of codes tried per image; the code with the lowest loss is chosen.")
     add("--code_bs", type=whole(1), default=32, metavar="IMAGES", changeable=True,
         help="Number of images in one sampling pass of a process.")
     add("--sp", type=whole(1), default=64, metavar="CODES", changeable=True,
-        help="Largest number of codes per image in one sampling pass; on a CPU a pass may have "
-        "fewer, to fit into the cache.")
+        help="Largest number of codes per image in one sampling pass; a CPU's pass may have fewer.")
     add("--sampler", choices=("exhaustive", "surrogate"), default="exhaustive",
         help="How codes are chosen. exhaustive: try all --ns codes; surrogate: try only --tries of "
         "them, mostly codes that a regression on the codes tried before predicts to be best.")
     add("--tries", type=whole(1, also=-1), default=-1, metavar="CODES",
         help="Number of codes tried per image with --sampler surrogate; -1: a fifth of --ns.")
     add("--rs_epsilon", type=real(0), default=0.0, metavar="LOSS",
-        help="RS-IMLE: codes with a loss below this number are chosen only if there are no others; "
-        "0: off.")
+        help="RS-IMLE: a code with a loss below LOSS is chosen only if all are below; 0: off.")
     add("--code_free_share", type=real(0, 0.99), default=0.0, metavar="SHARE",
-        help="Share of gradient steps that are taken without codes, as in a plain MAE, evenly "
-        "spaced. These steps improve the features without codes, which probes use.")
+        help="Share of gradient steps, evenly spaced, that are taken without codes, as in a plain "
+        "MAE; they improve the features without codes, which probes use.")
 
 
 def optimizer_flags(parser):
@@ -196,8 +187,8 @@ def mask_flags(parser):
     add("--fix_mask_noise", **SWITCH, default=0,
         help="1: an image has the same mask in every epoch; 0: a new mask in every epoch.")
     add("--predict_ratio", type=real(0, 1), metavar="SHARE",
-        help="Share of an image's patches that are predicted in training, drawn from its masked "
-        "patches; default: 0.25 with --decoder cross, else all masked patches, as in validation.")
+        help="Share of an image's patches, drawn from its masked ones, that are predicted in "
+        "training; default: 0.25 with --decoder cross, else all masked patches.")
     add("--norm_pix_loss", **SWITCH,
         help="Targets of the predictions. 1: patches, each normalised by its mean and deviation; "
         "0: raw pixels; default: 1, or 0 with --arch vit_base_vis.")
@@ -245,8 +236,7 @@ def validation_flags(parser):
     add("--z_per_ex_vis", type=whole(1), default=8, metavar="CODES",
         help="Number of codes, one per column, in the pictures of completions.")
     add("--steps_per_eval", type=whole(0), default=64, metavar="STEPS",
-        help="Number of gradient steps between validations, besides those before the first and "
-        "after the last step; 0: no validation.")
+        help="Validate every STEPS steps, also before the first and after the last; 0: never.")
     add("--get_mae_baseline", **SWITCH, default=1,
         help="1: also validate the initial network without codes; 0: only with codes.")
 
@@ -256,14 +246,12 @@ def device_flags(parser, training=True):
     add = parser.group("devices and precision", changeable=True)
     if training:
         add("--fp16", action=argparse.BooleanOptionalAction, default=True,
-            help="Gradient steps in mixed precision, in a format that the device computes "
-            "natively; --no-fp16: in float32.")
+            help="Gradient steps in mixed precision (bfloat16 or float16); --no-fp16: in float32.")
     add("--sample_dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         changeable=training,
-        help="Precision of sampling, validation and probe features, which need no gradients; "
-        "auto: the fastest that the device computes natively.")
+        help="Precision of sampling, validation and probe features; auto: the device's fastest.")
     add("--gpus", nargs="+", metavar="ID",
-        help="Ids of GPUs, one process each, or `cpu`; default: all visible GPUs, else the CPU.")
+        help="Ids of CUDA GPUs, one process each, or `cpu`; default: all visible, else the CPU.")
     add("--processes", type=whole(1), default=1, metavar="N", help="Processes with --gpus cpu.")
 
 
@@ -274,8 +262,7 @@ def run_flags(parser):
     add("--save_minutes", type=real(0), default=10.0, metavar="MINUTES",
         help="Minutes between saves of the newest checkpoint, besides a save at the end.")
     add("--wandb", choices=("disabled", "offline", "online"), default="disabled",
-        help="Copy of metrics and pictures for Weights & Biases: none, in files to upload later, "
-        "or uploaded at once.")
+        help="Copy of metrics and pictures for W&B: none, in files to upload later, or online.")
     add("--save_folder", default=".", metavar="DIR", help="Runs are saved in DIR/models/NAME.")
     add("--suffix", default="", metavar="TEXT", help="Text that the run's name contains.")
     add("--uid", metavar="TEXT",
@@ -285,8 +272,7 @@ def run_flags(parser):
     add("--resume", metavar="CHECKPOINT",
         help="Newest checkpoint of a run to go on with; flags not given keep that run's values.")
     add("--force_resume", **SWITCH, default=0,
-        help="1: go on with a run although flags of its training have changed; 0: refuse to. "
-        "Flags of its model can never change.")
+        help="1: go on although flags of training, not of the model, have changed; 0: refuse to.")
     add("--staged", metavar="DIR",
         help="Folder on a fast disk with copies of the data: DIR/PATH is read in place of /PATH of "
         "--data_tr or --data_val; the run's name keeps /PATH (scripts/slurm_submit.py --stage).")
@@ -298,14 +284,10 @@ def changeable_flags(parser):
     return {action.dest for action in parser._actions if getattr(action, "changeable", False)}
 
 
-# Fields of ModelConfig whose flag has another name.
-FLAG_OF_FIELD = {"image_size": "input_size"}
-
-
 def architecture_flags(config_class=ModelConfig):
     """Names of the flags that determine the model: a run can never go on with another value."""
     fields = {field.name for field in dataclasses.fields(config_class)}
-    return {FLAG_OF_FIELD.get(field, field) for field in fields} | {"arch", "ignore_z"}
+    return fields - {"image_size"} | {"input_size", "arch", "ignore_z"}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -316,11 +298,8 @@ def parse_flags(argv=None):
     """The flags of TrainIMLE.py, resolved and checked; ends the program on a mistake."""
     parser = training_parser()
     use_flags_of_resumed_run(parser, argv)
-    args = parser.parse_args(argv)
-    try:
-        return resolve_flags(args)
-    except InputError as error:
-        parser.error(str(error))
+    with parser.errors():
+        return resolve_flags(parser.parse_args(argv))
 
 
 def use_flags_of_resumed_run(parser, argv):
@@ -330,10 +309,8 @@ def use_flags_of_resumed_run(parser, argv):
     path = early.parse_known_args(argv)[0].resume
     if not path:
         return
-    try:
+    with parser.errors(), naming("--resume"):
         known = read_run_checkpoint(path)["args"]
-    except InputError as error:
-        parser.error(f"--resume: {error}")
     parser.set_defaults(**{**known, "force_resume": 0})
     for action in parser._actions:
         action.required = action.required and action.dest not in known
@@ -343,7 +320,6 @@ def resolve_flags(args):
     """A new namespace in which every default that depends on other flags is filled in; an
     InputError for flags that contradict each other."""
     flags, preset = argparse.Namespace(**vars(args)), PRESETS[args.arch]
-    flags.input_size = list(args.input_size) * (2 if len(args.input_size) == 1 else 1)
     if args.norm_pix_loss is None:
         flags.norm_pix_loss = int(preset.norm_pix_loss)
     if args.mapping_net_lrmul is None:
@@ -352,12 +328,18 @@ def resolve_flags(args):
         flags.predict_ratio = 0.25 if args.decoder == "cross" else 1.0
     if args.tries == -1 and args.sampler == "surrogate":
         flags.tries = max(1, args.ns // 5)
-    words = [] if args.ignore_z else args.ip_spec or [str(preset.depth - 1), "adain"]
-    flags.ip_spec = [str(word) for pair in parse_ip_spec(words) for word in pair]
+    flags.ip_spec = args.ip_spec or [str(preset.depth - 1), "adain"]
+    if args.ignore_z:
+        flags.ip_spec = []
     flags.lr_z = args.lr if args.lr_z == -1 else args.lr_z
     flags.uid = args.uid or os.environ.get("SLURM_JOB_ID") or secrets.token_hex(4)
     resolve_shared_flags(flags)
-    check_flags(flags)
+    check_patches(flags, math.prod(check_model(flags).grid))
+    check_codes(flags)
+    check_steps(flags)
+    check_weights(flags)
+    if not re.fullmatch(r"[\w.+-]{1,64}", flags.uid, re.ASCII):
+        refuse(flags, "uid", "allowed are up to 64 letters, digits and . _ + -")
     if args.sp > args.ns and not args.ignore_z:
         say(f"note: --sp {args.sp} is lowered to {args.ns}, as --ns")
         flags.sp = args.ns
@@ -366,94 +348,30 @@ def resolve_flags(args):
     return flags
 
 
-def check_flags(flags):
-    """Refuses resolved flags that contradict each other; the InputError says what is allowed."""
-    check_patches(flags, math.prod(check_model(flags).grid))
-    check_sampling(flags)
-    check_steps(flags)
-    check_schedule(flags)
-    check_weights(flags)
-    if not re.fullmatch(r"[\w.+-]{1,64}", flags.uid, re.ASCII):
-        raise InputError(f"--uid {flags.uid}: allowed are up to 64 letters, digits and . _ + -")
+def refuse(flags, name, reason):
+    """Raises the InputError for a flag's value; reason: what is allowed, or what to do."""
+    value = getattr(flags, name)
+    words = value if isinstance(value, list) else [value]
+    raise InputError(f"--{name} {' '.join(map(str, words))}: {reason}")
+
+
+def check_model(flags):
+    """The ModelConfig of resolved flags; an InputError for sizes and options of no model."""
+    try:
+        return ModelConfig(**model_fields(flags))
+    except FieldError as error:
+        refuse(flags, "input_size" if error.field == "image_size" else error.field, error.reason)
 
 
 def check_patches(flags, n_patches):
     """Refuses shares of an image's patches that are none or all of them."""
     check_mask_ratio(flags.mask_ratio, n_patches)
-    share = f"--predict_ratio {flags.predict_ratio:g}"
     if flags.predict_ratio < 1 and flags.decoder == "self":
         reason = "--decoder self predicts all masked patches; use --decoder cross, or 1"
-        raise InputError(f"{share}: {reason}")
+        refuse(flags, "predict_ratio", reason)
     if round(flags.predict_ratio * n_patches) < 1:
         reason = f"at least one of {n_patches} patches must be predicted"
-        raise InputError(f"{share}: {reason}; use {1 / n_patches:.2g} or more")
-
-
-def check_steps(flags):
-    """Refuses too few gradient steps to use each image of a pool, and too small minibatches."""
-    least = math.ceil(flags.ex_per_epoch / flags.mini_bs)
-    if flags.ipe < least:
-        raise InputError(
-            f"--ipe {flags.ipe}: so few steps of --mini_bs {flags.mini_bs} images do not use each "
-            f"of the --ex_per_epoch {flags.ex_per_epoch} images; use at least {least}"
-        )
-    check_processes(flags.mini_bs, max(len(flags.gpus), int(os.environ.get("WORLD_SIZE", 1))))
-
-
-def check_schedule(flags):
-    """Refuses learning rates and schedules that contradict each other."""
-    if flags.n_ramp and flags.scheduler == "constant":
-        reason = "--scheduler constant has no ramp; use 0, or --scheduler linear_ramp"
-        raise InputError(f"--n_ramp {flags.n_ramp}: {reason}")
-    if flags.headstart_z and flags.ignore_z:
-        reason = "with --ignore_z 1 there are no injections that could learn first; use 0"
-        raise InputError(f"--headstart_z {flags.headstart_z}: {reason}")
-    if flags.min_lr > flags.lr or (flags.min_lr > flags.lr_z and not flags.ignore_z):
-        bounds = f"--lr {flags.lr:g}" + ("" if flags.ignore_z else f" and --lr_z {flags.lr_z:g}")
-        raise InputError(f"--min_lr {flags.min_lr:g}: must be at most {bounds}")
-
-
-def check_weights(flags):
-    """Refuses weights that training would not start from, or that are published nowhere."""
-    if flags.mae_weights and not flags.finetune:
-        reason = "--finetune 0 starts from random weights; use --finetune 1, or no --mae_weights"
-        raise InputError(f"--mae_weights: {reason}")
-    if not flags.finetune or flags.mae_weights:
-        return
-    advice = "name weights by --mae_weights, or train from scratch by --finetune 0"
-    if flags.decoder != "self":
-        reason = f"the published weights have no --decoder {flags.decoder}"
-        raise InputError(f"--finetune 1: {reason}; {advice}")
-    if flags.arch not in PUBLISHED:
-        reason = f"no weights are published for --arch {flags.arch}, only for"
-        raise InputError(f"--finetune 1: {reason} {', '.join(PUBLISHED)}; {advice}")
-
-
-def check_processes(mini_bs, n_processes):
-    """Refuses a minibatch that has fewer images than there are processes."""
-    if mini_bs < n_processes:
-        reason = f"each of the {n_processes} processes needs an image; use at least {n_processes}"
-        raise InputError(f"--mini_bs {mini_bs}: {reason}")
-
-
-def check_sampling(flags):
-    """Refuses flags of choosing codes that contradict each other."""
-    if flags.ignore_z:
-        given = {
-            "sampler": flags.sampler != "exhaustive",
-            "rs_epsilon": flags.rs_epsilon > 0,
-            "code_free_share": flags.code_free_share > 0,
-        }
-        for name in (name for name, is_given in given.items() if is_given):
-            raise InputError(f"--{name}: with --ignore_z 1 no codes are chosen; leave --{name} out")
-    if flags.sampler == "exhaustive" and flags.tries != -1:
-        raise InputError(f"--tries {flags.tries}: needs --sampler surrogate; or leave --tries out")
-    for method in flags.ip_spec[1::2]:
-        if flags.sampler == "surrogate" and not INJECTIONS[method].surrogate_can_learn:
-            reason = f"it can't rank codes of `{method}`, which have too many numbers; "
-            raise InputError(f"--sampler surrogate: {reason}use --sampler exhaustive")
-    if flags.tries > flags.ns:
-        raise InputError(f"--tries {flags.tries}: allowed are 1 to --ns {flags.ns}, or -1")
+        refuse(flags, "predict_ratio", f"{reason}; use {1 / n_patches:.2g} or more")
 
 
 def check_mask_ratio(mask_ratio, n_patches):
@@ -464,14 +382,69 @@ def check_mask_ratio(mask_ratio, n_patches):
         raise InputError(f"--mask_ratio {mask_ratio:g}: {reason}; allowed are some, but not all")
 
 
+def check_codes(flags):
+    """Refuses flags of codes that contradict each other, or that have no effect without codes."""
+    idle = {"sampler": "exhaustive", "rs_epsilon": 0, "code_free_share": 0, "headstart_z": 0}
+    for name, value in idle.items():
+        if flags.ignore_z and getattr(flags, name) != value:
+            refuse(flags, name, f"with --ignore_z 1 there are no codes; leave --{name} out")
+    if flags.sampler == "exhaustive" and flags.tries != -1:
+        refuse(flags, "tries", "needs --sampler surrogate; or leave --tries out")
+    for method in flags.ip_spec[1::2]:
+        if flags.sampler == "surrogate" and not INJECTIONS[method].surrogate_can_learn:
+            reason = f"it can't rank codes of `{method}`, which have too many numbers"
+            refuse(flags, "sampler", f"{reason}; use --sampler exhaustive")
+    if flags.tries > flags.ns:
+        refuse(flags, "tries", f"allowed are 1 to --ns {flags.ns}, or -1")
+
+
+def check_steps(flags):
+    """Refuses steps, minibatches, schedules and learning rates that contradict each other."""
+    least = math.ceil(flags.ex_per_epoch / flags.mini_bs)
+    if flags.ipe < least:
+        reason = f"so few steps of --mini_bs {flags.mini_bs} images do not use each of the"
+        refuse(flags, "ipe", f"{reason} --ex_per_epoch {flags.ex_per_epoch}; use at least {least}")
+    check_processes(flags, max(len(flags.gpus), int(os.environ.get("WORLD_SIZE", 1))))
+    if flags.n_ramp and flags.scheduler == "constant":
+        reason = "--scheduler constant has no ramp; use 0, or --scheduler linear_ramp"
+        refuse(flags, "n_ramp", reason)
+    rates = {"lr": flags.lr} if flags.ignore_z else {"lr": flags.lr, "lr_z": flags.lr_z}
+    for name, rate in rates.items():
+        if flags.min_lr > rate:
+            refuse(flags, "min_lr", f"at most --{name} {rate} is allowed")
+
+
+def check_processes(flags, n_processes):
+    """Refuses a minibatch that has fewer images than there are processes."""
+    if flags.mini_bs < n_processes:
+        reason = f"each of the {n_processes} processes needs an image; use at least {n_processes}"
+        refuse(flags, "mini_bs", reason)
+
+
+def check_weights(flags):
+    """Refuses weights that training would not start from, or that are published nowhere."""
+    if flags.mae_weights and not flags.finetune:
+        reason = "--finetune 0 starts from random weights; use --finetune 1, or no --mae_weights"
+        refuse(flags, "mae_weights", reason)
+    if flags.finetune and not flags.mae_weights:
+        advice = "name weights by --mae_weights, or train from scratch by --finetune 0"
+        if flags.decoder != "self":
+            reason = f"the published weights have no --decoder {flags.decoder}"
+            refuse(flags, "finetune", f"{reason}; {advice}")
+        if flags.arch not in PUBLISHED:
+            reason = f"no weights are published for --arch {flags.arch}, only for"
+            refuse(flags, "finetune", f"{reason} {', '.join(PUBLISHED)}; {advice}")
+
+
 def resolve_shared_flags(flags):
     """Resolves and checks, in place, flags that training and probes share."""
     with naming("--image_decoder"):
         check_decoder(flags.image_decoder)
+    if flags.input_size:
+        flags.input_size = height_and_width(flags.input_size)
     flags.gpus = device_names(flags.gpus, flags.processes)
     if flags.probe_augs_per_image > 1 and not flags.use_augs:
-        given = flags.probe_augs_per_image
-        raise InputError(f"--probe_augs_per_image {given}: needs --use_augs 1; or use 1 copy")
+        refuse(flags, "probe_augs_per_image", "needs --use_augs 1; or use 1 copy")
 
 
 # fmt: off
@@ -487,8 +460,7 @@ def probe_parser():
     add("--model", required=True, metavar="SOURCE",
         help=f"Weights of the encoder to probe: {SOURCES}; {FOREIGN_SOURCES}.")
     add("--input_size", type=whole(1), nargs="+", metavar="PIXELS",
-        help="Side, or height and width, in pixels of the images that the network sees; default: "
-        "the size that the network was trained with.")
+        help="Side, or height and width, of images in pixels; default: as the network was trained.")
     add("--probe_codes", type=whole(1), default=1, metavar="CODES",
         help="Number of codes per image over which features are averaged (--probe_ignore_z 0).")
     add("--fast", **SWITCH, default=0, changeable=True,
@@ -499,26 +471,22 @@ def probe_parser():
     add = parser.group("full probe")
     add("--lrs", type=real(0), nargs="+", default=[0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0],
         metavar="RATE",
-        help="Base learning rates per 256 images: a head is trained with each. MAE uses 0.1; "
-        "small data sets need more.")
+        help="Learning rates per 256 images, one head each; MAE uses 0.1, small data need more.")
     add("--wds", type=real(0), nargs="+", default=[0.0], metavar="RATE",
         help="Weight decays: a head is trained with each, for each of --lrs.")
     add("--pools", nargs="+", choices=("cls", "mean", "both"),
         help="Features that heads are trained on. cls: class token; mean: mean of the patch "
         "tokens; both: the two, concatenated; default: cls, or mean with --global_pool 1.")
     add("--hold_out", type=real(0.001, 0.9), default=0.1, metavar="SHARE",
-        help="Share of each class's training images that is held out to choose the best head; one "
-        "head alone needs none.")
+        help="Share of each class's training images held out to choose the best of several heads.")
     add("--epochs", type=whole(1), metavar="N",
         help="Number of epochs of the full probe; default: 90, or 50 for ViT-L and ViT-H.")
     add("--warmup_epochs", type=whole(0), metavar="N",
         help="Length of the linear warm-up in epochs; default: 10, at most a fifth of --epochs.")
     add("--batch_size", type=whole(2), metavar="IMAGES",
-        help="Number of images per gradient step of the heads, over all processes; default: 512, "
-        "at most an eighth of the training images. MAE's paper uses 16384.")
+        help="Images per step of all processes; default: 512, at most 1/8 of the training images.")
     add("--keep_gb", type=real(0), default=8.0, metavar="GB", changeable=True,
-        help="Memory of the device for features, in GB. With --use_augs 0, features that fit are "
-        "computed once, not in each epoch.")
+        help="Memory for features in GB; with --use_augs 0, features that fit are computed once.")
     add("--save_minutes", type=real(0), default=10.0, metavar="MINUTES", changeable=True,
         help="Minutes between saves of the probe's checkpoint.")
     add("--save_folder", default=".", metavar="DIR", changeable=True,
@@ -540,38 +508,38 @@ ONLY_FULL = "lrs wds pools hold_out epochs warmup_epochs batch_size keep_gb save
 def parse_probe_flags(argv=None):
     """The flags of LinearProbe.py, checked; ends the program on a mistake."""
     parser = probe_parser()
-    args = parser.parse_args(argv)
-    try:
-        return resolve_probe_flags(args, parser.get_default)
-    except InputError as error:
-        parser.error(str(error))
+    with parser.errors():
+        return resolve_probe_flags(parser.parse_args(argv), parser.get_default)
 
 
 def resolve_probe_flags(args, default):
-    """A new namespace with what depends on other flags filled in; an InputError for what does not
-    go together. default(name): a flag's default."""
+    """A new namespace in which every default that depends on other flags is filled in; an
+    InputError for flags that contradict each other. default(name): a flag's default."""
     flags = argparse.Namespace(**vars(args))
-    if flags.input_size and len(flags.input_size) > 2:
-        size = " ".join(map(str, flags.input_size))
-        raise InputError(f"--input_size {size}: allowed are one or two numbers")
-    if flags.input_size:
-        flags.input_size = list(flags.input_size) * (2 if len(flags.input_size) == 1 else 1)
     if flags.global_pool is None:
-        flags.global_pool = int(bool(flags.fast))
+        flags.global_pool = flags.fast
     for name in ("lrs", "wds", "pools"):
-        if len(set(getattr(flags, name) or [])) < len(getattr(flags, name) or []):
-            raise InputError(f"--{name}: the same value twice; give each value once")
-    if flags.warmup_epochs is not None and flags.epochs and flags.warmup_epochs > flags.epochs:
-        bound = f"at most --epochs {flags.epochs} is allowed"
-        raise InputError(f"--warmup_epochs {flags.warmup_epochs}: {bound}")
+        values = getattr(flags, name) or []
+        if len(set(values)) < len(values):
+            refuse(flags, name, "the same value twice; give each value once")
+    if flags.epochs and (flags.warmup_epochs or 0) > flags.epochs:
+        refuse(flags, "warmup_epochs", f"at most --epochs {flags.epochs} is allowed")
     if flags.probe_codes > 1 and flags.probe_ignore_z:
-        raise InputError(f"--probe_codes {flags.probe_codes}: needs --probe_ignore_z 0")
+        refuse(flags, "probe_codes", "needs --probe_ignore_z 0")
     resolve_shared_flags(flags)
     idle = ONLY_FULL if flags.fast else ONLY_FAST
     given = [f"--{name}" for name in idle if getattr(args, name) != default(name)]
     if given:
         say(f"note: {', '.join(given)}: no part of the {'fast' if flags.fast else 'full'} probe")
     return flags
+
+
+def height_and_width(sizes):
+    """[height, width] from the one or two numbers of --input_size."""
+    if len(sizes) > 2:
+        size = " ".join(map(str, sizes))
+        raise InputError(f"--input_size {size}: allowed are one or two numbers")
+    return [sizes[0], sizes[-1]]
 
 
 def parse_ip_spec(words):
@@ -587,49 +555,27 @@ def parse_ip_spec(words):
 
 def device_names(gpus, processes):
     """--gpus and --processes as torch's device names, one per process."""
-    n_gpus = torch.cuda.device_count()
-    if gpus is None:
-        gpus = [str(i) for i in range(n_gpus)] or ["cpu"]
-        if gpus == ["cpu"] and torch.accelerator.is_available():
-            found = torch.accelerator.current_accelerator().type
-            say(f"note: {found} devices are not supported; using the CPU")
-    ids = [name.removeprefix("cuda:") for name in gpus]
+    gpus_here = [str(number) for number in range(torch.cuda.device_count())]
+    ids = [name.removeprefix("cuda:") for name in gpus or gpus_here or ["cpu"]]
     if set(ids) == {"cpu"}:
         return ["cpu"] * processes
-    if "cpu" in ids:
-        raise InputError(f"--gpus {' '.join(gpus)}: cpu can't be combined with GPUs")
     for name in ids:
-        if not (name.isdecimal() and int(name) < n_gpus):
-            allowed = f"0 to {n_gpus - 1}, or cpu" if n_gpus else "cpu, as this machine has no GPU"
-            raise InputError(f"--gpus {' '.join(gpus)}: no GPU {name}; allowed: {allowed}")
-    if len(set(ids)) < len(ids):
-        raise InputError(f"--gpus {' '.join(gpus)}: the same GPU twice")
+        if name not in gpus_here or ids.count(name) > 1:
+            reason = f"GPU {name} twice" if name in gpus_here else f"no GPU {name} on this machine"
+            allowed = ", ".join([*gpus_here, "or cpu alone"])
+            raise InputError(f"--gpus {' '.join(gpus)}: {reason}; allowed: {allowed}")
     if processes not in (1, len(ids)):
-        raise InputError(
-            f"--processes {processes}: with GPUs there is one process for each; leave it out"
-        )
+        reason = "with GPUs there is one process for each; leave --processes out"
+        raise InputError(f"--processes {processes}: {reason}")
     return [f"cuda:{name}" for name in ids]
 
 
 def model_fields(flags):
     """The fields of ModelConfig that resolved flags determine: all but norm_eps, which weights from
     elsewhere bring along."""
-    fields = {**vars(PRESETS[flags.arch]), **vars(flags)}
-    fields |= {
-        "image_size": tuple(flags.input_size),
-        "norm_pix_loss": bool(flags.norm_pix_loss),
-        "ip_spec": parse_ip_spec(flags.ip_spec),
-    }
-    names = [field.name for field in dataclasses.fields(ModelConfig)]
-    return {name: fields[name] for name in names if name != "norm_eps"}
-
-
-def check_model(flags):
-    """The ModelConfig of resolved flags; an InputError names a flag whose value is not allowed."""
-    try:
-        return ModelConfig(**model_fields(flags))
-    except FieldError as error:
-        flag = FLAG_OF_FIELD.get(error.field, error.field)
-        value = getattr(flags, flag)
-        words = value if isinstance(value, list) else [value]
-        raise InputError(f"--{flag} {' '.join(map(str, words))}: {error.reason}") from None
+    preset = vars(PRESETS[flags.arch])
+    fields = preset | vars(flags)
+    fields["image_size"] = tuple(flags.input_size)
+    fields["norm_pix_loss"] = bool(flags.norm_pix_loss)
+    fields["ip_spec"] = parse_ip_spec(flags.ip_spec)
+    return {name: fields[name] for name in preset if name != "norm_eps"}

@@ -1,10 +1,13 @@
 """A command-line parser with one-line errors, and the types of its flags."""
 
 import argparse
+import contextlib
 import difflib
 import math
 import sys
 from functools import partial
+
+from Utils import InputError
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,6 +39,14 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unknown argument {unknown[0]}; each value must follow its flag")
         return args
+
+    @contextlib.contextmanager
+    def errors(self):
+        """Inside `with`, an InputError ends the program like the parser's own errors."""
+        try:
+            yield
+        except InputError as error:
+            self.error(str(error))
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
@@ -72,13 +83,4 @@ def number(kind, low=-math.inf, high=math.inf, also=None):
 
 
 whole, real = partial(number, int), partial(number, float)  # whole(1): int of at least 1
-
-
-def switch(text):
-    """A type for add_argument: 0 or 1."""
-    if text not in ("0", "1"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or 1")
-    return int(text)
-
-
-SWITCH = {"type": switch, "metavar": "{0,1}"}
+SWITCH = {"type": whole(0, 1), "metavar": "{0,1}"}

@@ -22,7 +22,6 @@ from Utils import InputError, RunError, flush_output, rank, say, sum_over_proces
 
 # SLURM sends SIGUSR2 (we ask it to) before the time limit; a terminal that closes sends SIGHUP.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
-STOPPING = b"asked to stop: saving, so that the run can go on later (a second signal ends it now)\n"
 
 
 class Stopped(Exception):
@@ -84,8 +83,9 @@ def signals_to_handle():
 
 def announce_stop():
     """Tells the user that the run will stop. Uses os.write, which is safe in a signal handler."""
+    message = "asked to stop: saving, so that the run can go on later (a second signal ends it now)"
     with contextlib.suppress(OSError):  # Ctrl-C may have ended the reader of our output, too
-        os.write(1, STOPPING)
+        os.write(1, f"{message}\n".encode())
 
 
 # -------------------------------------------------------------------------------------------------

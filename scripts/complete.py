@@ -15,7 +15,7 @@ from internals.parsing import SWITCH, Parser, real, whole
 from internals.plots import NORMALIZED, picture_grid
 from internals.processes import run_command
 from internals.weights import SOURCES, load_model
-from IO import check_mask_ratio
+from IO import check_mask_ratio, height_and_width
 from Models import completions, in_precision
 from Samplers import code_passes
 from Utils import InputError, Stream, fastest_dtype, mix_seeds
@@ -63,9 +63,7 @@ def draw(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     overrides = {}
     if args.input_size:
-        if len(args.input_size) > 2:
-            raise InputError(f"--input_size {args.input_size}: allowed are one or two numbers")
-        overrides["image_size"] = tuple(args.input_size * 2)[:2]
+        overrides["image_size"] = tuple(height_and_width(args.input_size))
     if args.norm_pix_loss is not None:
         overrides["norm_pix_loss"] = bool(args.norm_pix_loss)
     pictures = [open_picture(path) for path in args.pictures]

@@ -15,12 +15,12 @@ import Data
 import Models
 import TrainIMLE
 from Augmentation import normalize, transforms
-from internals.plots import picture_grid
+from internals.plots import picture_grid, saved_figure
 from internals.processes import run_command
 from internals.weights import SOURCES, load_model
 from IO import Parser, check_mask_ratio, real, whole
 from Samplers import image_losses, sort_keys, try_codes
-from Utils import InputError, write_atomically
+from Utils import InputError
 
 SHOWN = 6  # images in the picture of masks
 ROWS = 3  # images in the picture of codes
@@ -72,8 +72,6 @@ def draw_masks(model, epoch, mask_ratio, path):
 def draw_codes(model, epoch, losses, plain, mask_ratio, path):
     """Draws, for some images, completions by the worst, middle and best code and without code; and
     the distribution of all codes' losses."""
-    from matplotlib.figure import Figure  # slow to import; and Figure alone opens no windows
-
     n_codes = losses.shape[1]
     order = sort_keys(losses[:ROWS]).argsort(1)
     numbers = torch.stack([order[:, -1], order[:, n_codes // 2], order[:, 0]], dim=1)
@@ -83,30 +81,31 @@ def draw_codes(model, epoch, losses, plain, mask_ratio, path):
     alone = Models.completions(model, images, noise, None, mask_ratio)
     cells = torch.cat([coded[:, :2], alone[:, 2:], coded[:, 2:]], dim=1).movedim(2, -1).numpy()
     titles = ["image", "masked", "no code", "worst code", "middle code", "chosen code"]
-    figure = Figure(figsize=(13, 2.1 * ROWS), layout="constrained")
-    panels = figure.subplots(ROWS, 7, width_ratios=[1] * 6 + [2.6])
-    for row in range(ROWS):
-        shown = [None, None, plain[row], *losses[row, numbers[row]]]
-        for axes, cell, title, loss in zip(panels[row], cells[row], titles, shown, strict=False):
-            axes.imshow(cell)
-            axes.set(xticks=[], yticks=[])
+    with saved_figure(path, (13, 2.1 * ROWS), dpi=80) as figure:
+        panels = figure.subplots(ROWS, 7, width_ratios=[1] * 6 + [2.6])
+        for row in range(ROWS):
+            shown = [None, None, plain[row], *losses[row, numbers[row]]]
+            for axes, cell, title, loss in zip(
+                panels[row], cells[row], titles, shown, strict=False
+            ):
+                axes.imshow(cell)
+                axes.set(xticks=[], yticks=[])
+                if not row:
+                    axes.set_title(title, fontsize=10)
+                if loss is not None:
+                    axes.set_xlabel(f"loss {loss:.2f}", fontsize=9)
+            histogram = panels[row, -1]
+            histogram.hist(losses[row].numpy(), bins=24, color="C7")
+            marks = {
+                "without code": plain[row],
+                "mean": losses[row].mean(),
+                "chosen": losses[row].min(),
+            }
+            for number, (label, value) in enumerate(marks.items()):
+                histogram.axvline(value, color=f"C{number}", label=label)
             if not row:
-                axes.set_title(title, fontsize=10)
-            if loss is not None:
-                axes.set_xlabel(f"loss {loss:.2f}", fontsize=9)
-        histogram = panels[row, -1]
-        histogram.hist(losses[row].numpy(), bins=24, color="C7")
-        marks = {
-            "without code": plain[row],
-            "mean": losses[row].mean(),
-            "chosen": losses[row].min(),
-        }
-        for number, (label, value) in enumerate(marks.items()):
-            histogram.axvline(value, color=f"C{number}", label=label)
-        if not row:
-            histogram.set_title(f"losses of the {n_codes} codes", fontsize=10)
-            histogram.legend(fontsize=8)
-    write_atomically(path, lambda file: figure.savefig(file, dpi=80, format="png"))
+                histogram.set_title(f"losses of the {n_codes} codes", fontsize=10)
+                histogram.legend(fontsize=8)
 
 
 def take_steps(model, epoch, chosen, steps, mask_ratio, lr):
@@ -123,25 +122,22 @@ def take_steps(model, epoch, chosen, steps, mask_ratio, lr):
 def draw_steps(before, after, chosen, steps, path):
     """Draws histograms of the losses (n, codes) before and after the gradient steps: of the chosen
     codes and of all codes."""
-    from matplotlib.figure import Figure  # slow to import; and Figure alone opens no windows
-
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    bins = np.linspace(0, np.quantile(before.numpy(), 0.995), 60)
-    kinds = {
-        "the chosen code of each image": lambda x: x.gather(1, chosen).flatten(),
-        "all codes": lambda x: x.flatten(),
-    }
-    for axes, (title, pick) in zip(panels, kinds.items(), strict=True):
-        for name, losses in (("before", before), (f"after {steps} gradient steps", after)):
-            values = pick(losses).numpy()
-            label = f"{name}, mean {values.mean():.3f}"
-            weights = np.full(len(values), 1 / len(values))
-            axes.hist(values, bins, weights=weights, alpha=0.55, label=label)
-        axes.set(title=title, xlabel="loss of an image")
-        axes.legend(fontsize=9)
-    panels[0].set_ylabel("share")
-    write_atomically(path, lambda file: figure.savefig(file, dpi=80, format="png"))
+    with saved_figure(path, (11, 3.4), dpi=80) as figure:
+        panels = figure.subplots(1, 2, sharey=True)
+        bins = np.linspace(0, np.quantile(before.numpy(), 0.995), 60)
+        kinds = {
+            "the chosen code of each image": lambda x: x.gather(1, chosen).flatten(),
+            "all codes": lambda x: x.flatten(),
+        }
+        for axes, (title, pick) in zip(panels, kinds.items(), strict=True):
+            for name, losses in (("before", before), (f"after {steps} gradient steps", after)):
+                values = pick(losses).numpy()
+                label = f"{name}, mean {values.mean():.3f}"
+                weights = np.full(len(values), 1 / len(values))
+                axes.hist(values, bins, weights=weights, alpha=0.55, label=label)
+            axes.set(title=title, xlabel="loss of an image")
+            axes.legend(fontsize=9)
+        panels[0].set_ylabel("share")
 
 
 def start(args):

@@ -104,7 +104,7 @@ def check_training(training, gpus_per_node, n_tasks):
     if given.gpus and gpus_per_node:
         raise InputError(f"--gpus cpu: needs --gpus_per_node 0, is {gpus_per_node}")
     flags = resolve_flags(given)
-    check_processes(flags.mini_bs, n_tasks)
+    check_processes(flags, n_tasks)
     return given, flags
 
 

@@ -21,7 +21,7 @@ import Data
 import Models
 from Augmentation import denormalize, normalize, transforms
 from internals.checkpoints import checkpoint_paths
-from internals.plots import picture_grid
+from internals.plots import picture_grid, saved_figure
 from internals.processes import run_command
 from internals.runs import read_config
 from internals.weights import load_model
@@ -36,7 +36,6 @@ from Utils import (
     say,
     seeded,
     watch,
-    write_atomically,
 )
 from Validation import examples, prepare
 
@@ -257,28 +256,25 @@ PANELS = {  # title -> key of the measure
 
 def draw(results, names, path):
     """Draws the results {name: [measures of each seed]} over k."""
-    from matplotlib.figure import Figure  # slow to import; and Figure alone opens no windows
-
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    panels = figure.subplots(1, len(PANELS))
-    for axes, (title, key) in zip(panels, PANELS.items(), strict=True):
-        axes.set_title(title, fontsize=11)
-        axes.set_xlabel("k, completions of one masked image")
-        axes.set_xscale("log", base=2)
-        axes.grid(alpha=0.3)
-        ks = max((seeds[0]["k"] for seeds in results.values()), key=len)
-        axes.set_xticks(ks, list(map(str, ks)))
-        for number, (name, seeds) in enumerate(results.items()):
-            if name == UNTRAINED:  # in the table only: its loss is far from all others
-                continue
-            values, label = np.array([seed[key] for seed in seeds]), names.get(name, name)
-            if values.shape[1] == 1:  # one completion: the same for every k
-                values, label = np.repeat(values, len(ks), axis=1), f"{label}, its single one"
-            look = {"color": f"C{number}", "ls": "-" if len(seeds[0]["k"]) > 1 else "--"}
-            axes.plot(ks, values.mean(0), marker=".", label=label, **look)
-            axes.fill_between(ks, values.min(0), values.max(0), alpha=0.15, lw=0, **look)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    write_atomically(path, lambda file: figure.savefig(file, dpi=90, format="png"))
+    with saved_figure(path, (13, 4.6), dpi=90) as figure:
+        panels = figure.subplots(1, len(PANELS))
+        for axes, (title, key) in zip(panels, PANELS.items(), strict=True):
+            axes.set_title(title, fontsize=11)
+            axes.set_xlabel("k, completions of one masked image")
+            axes.set_xscale("log", base=2)
+            axes.grid(alpha=0.3)
+            ks = max((seeds[0]["k"] for seeds in results.values()), key=len)
+            axes.set_xticks(ks, list(map(str, ks)))
+            for number, (name, seeds) in enumerate(results.items()):
+                if name == UNTRAINED:  # in the table only: its loss is far from all others
+                    continue
+                values, label = np.array([seed[key] for seed in seeds]), names.get(name, name)
+                if values.shape[1] == 1:  # one completion: the same for every k
+                    values, label = np.repeat(values, len(ks), axis=1), f"{label}, its single one"
+                look = {"color": f"C{number}", "ls": "-" if len(seeds[0]["k"]) > 1 else "--"}
+                axes.plot(ks, values.mean(0), marker=".", label=label, **look)
+                axes.fill_between(ks, values.min(0), values.max(0), alpha=0.15, lw=0, **look)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
 def table(results, names, n_codes):

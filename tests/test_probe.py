@@ -177,7 +177,7 @@ MODEL = ["--model", "demo/imle_mnist.pt"]
         ([*MODEL, "--train_n_shot", 401], "--train_n_shot: 401 images a class wanted"),
         ([*MODEL, "--train_n_shot", 1], "--hold_out: .*second image"),
         ([*MODEL, "--probe_codes", 2], "--probe_codes 2: needs --probe_ignore_z 0"),
-        ([*MODEL, "--lrs", 1, 1], "--lrs: the same value twice"),
+        ([*MODEL, "--lrs", 1, 1], "--lrs 1.0 1.0: the same value twice"),
         ([*MODEL, "--epochs", 2, "--warmup_epochs", 3], "--warmup_epochs 3: at most"),
         (["--model", "pixels", "--pools", "cls", "mean"], "--pools cls: .*one vector"),
         ([*MODEL, "--save_folder", "/dev/null"], "--save_folder: cannot write"),
