@@ -4,6 +4,7 @@ baseline of the benchmarks."""
 import copy
 
 import torch
+from timm.models.vision_transformer import Block
 
 from Models import reconstruction_loss
 
@@ -30,7 +31,7 @@ def plain_losses(model, images, mask_noise, codes, mask_ratio=0.75):
     cls_token = model.cls_token + model.pos_embed[:, :1]
     x = torch.cat([cls_token.expand(n, -1, -1), x], dim=1)
     for block in model.blocks:
-        x = block(x)
+        x = Block.forward(block, x)
     shift, scale = model.injections[str(len(model.blocks) - 1)].features(codes).chunk(2, dim=-1)
     x = x.repeat_interleave(k, dim=0)  # (N*K, 1+V, C)
     x = x * (1 + scale.flatten(0, 1)[:, None]) + shift.flatten(0, 1)[:, None]
@@ -41,6 +42,6 @@ def plain_losses(model, images, mask_noise, codes, mask_ratio=0.75):
     order = restore.repeat_interleave(k, dim=0)[..., None].expand(-1, -1, x.shape[-1])
     x = torch.cat([x[:, :1], patches.gather(1, order)], dim=1) + model.decoder_pos_embed
     for block in model.decoder_blocks:
-        x = block(x)
+        x = Block.forward(block, x)
     pred = model.decoder_pred(model.decoder_norm(x))[:, 1:].unflatten(0, (n, k))
     return reconstruction_loss(pred, images, mask, model.config.norm_pix_loss)
