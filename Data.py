@@ -382,7 +382,7 @@ class Batch:
     images: torch.Tensor  # (n, 3, H, W) uint8, on the device
     mask_noise: torch.Tensor  # (n, L)
     seeds: torch.Tensor  # (n,) int64
-    code_numbers: torch.Tensor | None  # (n,) int64; None: a step without codes
+    code_numbers: torch.Tensor | None  # (n,) int64; None for a plain MAE
     step: int  # the run's gradient step
     names: Callable  # () -> the names of all images of the minibatch, for messages
 
@@ -395,15 +395,12 @@ class Batch:
         return [Batch(*part, self.step, self.names) for part in zip(*chunks, strict=True)]
 
 
-def minibatches(
-    pool, loader, device, *, steps, size, code_numbers=None, code_free_share=0.0, step=0, done=0
-):
+def minibatches(pool, loader, device, *, steps, size, code_numbers=None, step=0, done=0):
     """Yields this process's share of each minibatch of the epoch, as a Batch, without the first
     `done`. Minibatches: shuffled passes over the pool, cut into `steps` pieces of `size` images.
     The first Batch is for the run's gradient step `step`.
 
-    code_numbers: of the pool's chosen codes (n,), None for a plain MAE. code_free_share: share of
-    the run's steps, evenly spaced, that are taken without codes."""
+    code_numbers: of the pool's chosen codes (n,), None for a plain MAE."""
     n = steps * size
     stream = even_indices(len(pool.indices), 0, n, pool.minibatch_seed, pool.shuffle)
     minibatch_rows = stream.view(steps, size)[done:]  # (steps - done, size) rows of the pool
@@ -411,8 +408,7 @@ def minibatches(
     loaded = copied(loader.load(pool.indices, pool.seeds, shares), device)
     pairs = zip(minibatch_rows, loaded, strict=True)
     for number, (all_rows, (rows, images)) in enumerate(pairs, step):
-        code_free = int((number + 1) * code_free_share) > int(number * code_free_share)
-        numbers = None if code_free or code_numbers is None else code_numbers[rows]
+        numbers = None if code_numbers is None else code_numbers[rows]
         names = partial(image_names, pool.images, pool.indices[all_rows])
         yield Batch(images, pool.mask_noise(rows), pool.seeds[rows], numbers, number, names)
 

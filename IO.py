@@ -13,6 +13,7 @@ import torch
 from Data import MOST_BAD
 from internals.checkpoints import read_run_checkpoint
 from internals.parsing import SWITCH, Parser, real, whole
+from internals.runs import current_flags, folder_of, read_config
 from internals.stores import IMAGE_DECODERS, check_decoder
 from internals.weights import (
     FOREIGN_SOURCES,
@@ -33,6 +34,7 @@ from Models import (
 from Utils import InputError, naming, say
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+SURROGATE_NS = 64  # with fewer codes the surrogate's regression has too few to learn from
 IMAGES = "a folder with one folder per class, a .tar of one, or an .lmdb made by scripts/pack.py"
 
 # -------------------------------------------------------------------------------------------------
@@ -97,20 +99,20 @@ def model_flags(parser):
         help="Where and how codes are injected: pairs of a place and a method. Places: 0, 1, ... "
         "are the encoder blocks, the numbers after them the decoder blocks, `mask` is the mask "
         f"token. Methods: {', '.join(INJECTIONS)}; default: adain at the last encoder block.")
-    add("--latent_dim", type=whole(1, LARGEST_SIZE), default=512, metavar="NUMBERS",
+    add("--latent_dim", type=whole(1, LARGEST_SIZE), default=32, metavar="NUMBERS",
         help="Number of values in the latent code of an adain or local_adain injection.")
-    add("--mapping_net_layers", type=whole(1, 64), default=8, metavar="N",
+    add("--mapping_net_layers", type=whole(1, 64), default=3, metavar="N",
         help="Number of layers of the mapping network, which turns a code into shifts and scales.")
-    add("--mapping_net_h_dim", type=whole(1, LARGEST_SIZE), default=512, metavar="WIDTH",
+    add("--mapping_net_h_dim", type=whole(1, LARGEST_SIZE), default=64, metavar="WIDTH",
         help="Width of the hidden layers of the mapping network.")
     add("--mapping_net_lrmul", type=real(1e-6), metavar="X",
-        help="Learning-rate multiplier of the mapping network, as in StyleGAN; default: 0.01, "
-        "or 1 with --adain_init identity.")
+        help="Learning-rate multiplier of the mapping network, as in StyleGAN; default: 1, or "
+        "0.01 with --adain_init original.")
     add("--act_type", choices=ACTIVATIONS, default="leakyrelu",
         help="Activation function of the mapping network.")
-    add("--adain_init", choices=ADAIN_INITS, default="original",
-        help="Initial weights of the mapping network. original: random, as in StyleGAN; identity: "
-        "the injection changes nothing at the first step, and learns faster.")
+    add("--adain_init", choices=ADAIN_INITS, default="identity",
+        help="Initial weights of the mapping network. identity: the injection changes nothing at "
+        "the first step; original: random, as in StyleGAN, and the network learns very slowly.")
     add("--finetune", **SWITCH, default=1,
         help="Initial weights. 1: --mae_weights, or else those published for --arch; 0: random.")
     add("--mae_weights", metavar="SOURCE", changeable=True, help=f"Pretrained weights: {SOURCES}.")
@@ -141,16 +143,17 @@ def code_flags(parser):
         help="Number of images in one sampling pass of a process.")
     add("--sp", type=whole(1), default=64, metavar="CODES", changeable=True,
         help="Largest number of codes per image in one sampling pass; a CPU's pass may have fewer.")
-    add("--sampler", choices=("exhaustive", "surrogate"), default="exhaustive",
+    add("--sampler", choices=("auto", "exhaustive", "surrogate"), default="auto",
         help="How codes are chosen. exhaustive: try all --ns codes; surrogate: try only --tries of "
-        "them, mostly codes that a regression on the codes tried before predicts to be best.")
+        "them, mostly codes that a regression on the codes tried before predicts to be best; auto: "
+        f"surrogate if --ns is at least {SURROGATE_NS} and the injections allow it.")
     add("--tries", type=whole(1, also=-1), default=-1, metavar="CODES",
         help="Number of codes tried per image with --sampler surrogate; -1: a fifth of --ns.")
     add("--rs_epsilon", type=real(0), default=0.0, metavar="LOSS",
         help="RS-IMLE: a code with a loss below LOSS is chosen only if all are below; 0: off.")
-    add("--code_free_share", type=real(0, 0.99), default=0.0, metavar="SHARE",
-        help="Share of gradient steps, evenly spaced, that are taken without codes, as in a plain "
-        "MAE; they improve the features without codes, which probes use.")
+    add("--mae_loss_weight", type=real(0), default=1.0, metavar="WEIGHT",
+        help="Weight of the loss without code, as of a plain MAE, which each gradient step adds to "
+        "the loss with the chosen code; 0: the loss with the chosen code alone.")
 
 
 def optimizer_flags(parser):
@@ -297,21 +300,31 @@ def architecture_flags(config_class=ModelConfig):
 def parse_flags(argv=None):
     """The flags of TrainIMLE.py, resolved and checked; ends the program on a mistake."""
     parser = training_parser()
-    use_flags_of_resumed_run(parser, argv)
+    use_flags_of_run(parser, argv)
     with parser.errors():
         return resolve_flags(parser.parse_args(argv))
 
 
-def use_flags_of_resumed_run(parser, argv):
-    """Makes the flags of the run that --resume names the parser's defaults."""
+def use_flags_of_run(parser, argv):
+    """Makes flags of the run that goes on the parser's defaults: all flags of the run that --resume
+    names; of the run with this --uid the flags that may not change."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--resume", nargs="?")  # a missing value is left to `parser` to report
-    path = early.parse_known_args(argv)[0].resume
-    if not path:
-        return
-    with parser.errors(), naming("--resume"):
-        known = read_run_checkpoint(path)["args"]
-    parser.set_defaults(**{**known, "force_resume": 0})
+    for name in ("--resume", "--uid", "--save_folder"):
+        early.add_argument(name, nargs="?")  # a missing value is left to `parser` to report
+    early = early.parse_known_args(argv)[0]
+    with parser.errors():
+        if early.resume:
+            with naming("--resume"):
+                known = current_flags(read_run_checkpoint(early.resume)["args"])
+            known["force_resume"] = 0
+        else:
+            folder = folder_of(
+                early.uid or os.environ.get("SLURM_JOB_ID"),
+                early.save_folder or parser.get_default("save_folder"),
+            )
+            known = current_flags(read_config(folder)) if folder else {}
+            known = {k: known[k] for k in known.keys() - changeable_flags(parser)}
+    parser.set_defaults(**known)
     for action in parser._actions:
         action.required = action.required and action.dest not in known
 
@@ -326,11 +339,13 @@ def resolve_flags(args):
         flags.mapping_net_lrmul = 1.0 if args.adain_init == "identity" else 0.01
     if args.predict_ratio is None:
         flags.predict_ratio = 0.25 if args.decoder == "cross" else 1.0
-    if args.tries == -1 and args.sampler == "surrogate":
-        flags.tries = max(1, args.ns // 5)
     flags.ip_spec = args.ip_spec or [str(preset.depth - 1), "adain"]
     if args.ignore_z:
         flags.ip_spec = []
+    if args.sampler == "auto":
+        flags.sampler = choose_sampler(flags)
+    if args.tries == -1 and flags.sampler == "surrogate":
+        flags.tries = max(1, args.ns // 5)
     flags.lr_z = args.lr if args.lr_z == -1 else args.lr_z
     flags.uid = args.uid or os.environ.get("SLURM_JOB_ID") or secrets.token_hex(4)
     resolve_shared_flags(flags)
@@ -346,6 +361,13 @@ def resolve_flags(args):
     if args.epochs and args.headstart_z + args.n_ramp > args.epochs:
         say(f"note: the last of --epochs {args.epochs} ends before --headstart_z and --n_ramp do")
     return flags
+
+
+def choose_sampler(flags):
+    """The sampler that --sampler auto stands for."""
+    methods = [INJECTIONS.get(method) for method in flags.ip_spec[1::2]]
+    can_learn = methods and all(method and method.surrogate_can_learn for method in methods)
+    return "surrogate" if can_learn and flags.ns >= SURROGATE_NS else "exhaustive"
 
 
 def refuse(flags, name, reason):
@@ -384,7 +406,7 @@ def check_mask_ratio(mask_ratio, n_patches):
 
 def check_codes(flags):
     """Refuses flags of codes that contradict each other, or that have no effect without codes."""
-    idle = {"sampler": "exhaustive", "rs_epsilon": 0, "code_free_share": 0, "headstart_z": 0}
+    idle = {"sampler": "exhaustive", "rs_epsilon": 0, "headstart_z": 0}
     for name, value in idle.items():
         if flags.ignore_z and getattr(flags, name) != value:
             refuse(flags, name, f"with --ignore_z 1 there are no codes; leave --{name} out")

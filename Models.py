@@ -464,11 +464,13 @@ class ImplicitMAE(nn.Module):
         tokens = self._run(tokens, None, positions, 0, self.prefix_blocks)
         return Prefix(tokens, positions, mask, n_visible)
 
-    def suffix(self, prefix, codes, masked_only=True):
+    def suffix(self, prefix, codes, masked_only=True, also_without_code=False):
         """Runs the rest of the network for codes (N, K, D): predictions (N, K, M, P*P*3) of the
         masked patches, with masked_only=False (N, K, L, P*P*3) of all, in raster order. Without
-        codes the dimension K is missing."""
+        codes the dimension K is missing. also_without_code: K+1 predictions, the last without."""
         positions, x = prefix.positions, prefix.tokens
+        if also_without_code and codes is not None:  # `_inject` leaves the last of the K+1 as it is
+            x = x.expand(-1, codes.shape[1] + 1, -1, -1)
         first = 1 + prefix.n_visible if masked_only else 1  # the first token to predict
         if self.prefix_blocks == self.n_blocks:  # `prefix` ran the last block, for all tokens
             positions, x = positions[:, first:], x[:, :, first:]
@@ -489,12 +491,14 @@ class ImplicitMAE(nn.Module):
         *,
         masked_only=False,
         predict_ratio=1.0,
+        also_without_code=False,
     ):
         """images (N,3,H,W) normalised, mask_noise (N,L) whose argsort is the mask as in MAE, codes
         (N,K,D) or None -> pred (N, K, L, P*P*3), without codes (N, L, P*P*3); mask (N, L), 1 =
-        removed and to be predicted."""
+        removed and to be predicted. also_without_code: pred (N, K+1, L, P*P*3), the last without
+        code."""
         prefix = self.prefix(images, mask_noise, mask_ratio, predict_ratio)
-        return self.suffix(prefix, codes, masked_only), prefix.mask
+        return self.suffix(prefix, codes, masked_only, also_without_code), prefix.mask
 
     def encode(self, images, codes=None):
         """Runs the encoder on all patches: images (N,3,H,W) normalised, codes (N, D) or None ->
@@ -528,13 +532,16 @@ class ImplicitMAE(nn.Module):
 
     def _inject(self, point, x, codes, positions):
         """Injects codes (N, K, D) into tokens x (N, 1 or K, T, C) at positions[:, :T] -> (N, K, T,
-        C). Without codes, or without an injection at this point, returns x. Points: the number of a
-        block, "norm", "decoder_norm" (after that module), "mask" (the mask tokens)."""
+        C). Of x (N, K+1, T, C), the last is without code and stays as it is. Without codes, or
+        without an injection at this point, returns x. Points: the number of a block, "norm",
+        "decoder_norm" (after that module), "mask" (the mask tokens)."""
         if codes is None or point not in self.injected_at:
             return x
         key, code_slice = self.injected_at[point]
+        x, without_code = x[:, : codes.shape[1]], x[:, codes.shape[1] :]
         codes = codes[..., code_slice].to(x.dtype)
-        return self.injections[key](x, codes, positions[:, : x.shape[2]])
+        x = self.injections[key](x, codes, positions[:, : x.shape[2]])
+        return torch.cat([x, without_code], dim=1) if without_code.shape[1] else x
 
     def _embed(self, images, positions):
         """images (N,3,H,W) -> the class token and the patches at positions[:, 1:]: (N, 1, T, C).
@@ -559,6 +566,8 @@ class ImplicitMAE(nn.Module):
         begin = first if self.cross_decoder else n_visible  # index of the first mask token
         masked_positions = positions[:, begin:]
         mask_tokens = self.mask_token.expand(*masked_positions.shape, -1)[:, None]
+        if "mask" in self.injected_at:
+            mask_tokens = mask_tokens.expand(-1, visible.shape[1], -1, -1)
         mask_tokens = self._inject("mask", mask_tokens, codes, masked_positions)
         if self.cross_decoder:
             memory = visible + position_embeddings[:, :, :n_visible]

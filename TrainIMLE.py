@@ -54,7 +54,7 @@ def train(flags, model, optimizer, scaler, loader, validation, keeper, *, sample
     """Trains the model by IMLE on the loader's images, from where keeper.progress stands.
     sample_dtype, step_dtype: precision of sampling and of gradient steps."""
     progress, device = keeper.progress, model.pos_embed.device
-    network = distributed(model, code_free_share=flags.code_free_share)
+    network = model if world_size() == 1 else DistributedDataParallel(model)
     last_step = progress.last_step(flags.epochs, flags.ipe)
     rates = partial(
         learning_rates, lr=flags.lr, lr_z=flags.lr_z, min_lr=flags.min_lr,
@@ -78,12 +78,13 @@ def train(flags, model, optimizer, scaler, loader, validation, keeper, *, sample
             )
         batches = Data.minibatches(
             pool, loader, device, steps=flags.ipe, size=flags.mini_bs, code_numbers=progress.codes,
-            code_free_share=flags.code_free_share, step=progress.step, done=progress.epoch_step,
+            step=progress.step, done=progress.epoch_step,
         )
         for batch in watch(batches, "gradient steps", flags.ipe, unit="steps"):
             metrics = train_step(
                 network, batch, optimizer, scaler, rates(progress.step), dtype=step_dtype,
                 images_per_step=flags.mini_bs, parts=flags.accum, clip_grad=flags.clip_grad,
+                mae_loss_weight=flags.mae_loss_weight,
                 mask_ratio=flags.mask_ratio, predict_ratio=flags.predict_ratio,
             )
             progress.step_done(metrics)
@@ -144,13 +145,15 @@ def train_step(
     images_per_step,
     parts=1,
     dtype=torch.float32,
+    mae_loss_weight=1.0,
     mask_ratio=0.75,
     predict_ratio=1.0,
     clip_grad=0.0,
 ):
-    """One gradient step on this process's share of a minibatch, computed in `parts` parts. Returns
-    the step's metrics; the loss is the mean over the minibatch. A RunError, before the update, if
-    loss or gradients are not finite (in float16 see LEAST_SCALE).
+    """One gradient step on this process's share of a minibatch, computed in `parts` parts. The loss
+    is the mean over the minibatch of: loss with the chosen code + mae_loss_weight * loss without
+    code. Returns the step's metrics. A RunError, before the update, if loss or gradients are not
+    finite (in float16 see LEAST_SCALE).
 
     rates: {"mae", "z"}, learning rates of the parameter groups; images_per_step: the minibatch's
     images, over all processes."""
@@ -159,36 +162,43 @@ def train_step(
     optimizer.zero_grad()
     model = getattr(network, "module", network)  # inside DistributedDataParallel
     device = model.pos_embed.device
-    total = torch.zeros((), device=device)
+    totals = torch.zeros(2, device=device)  # with the chosen code, without code
     shares = batch.split(parts)
     for share in shares:
         # DDP averages gradients over processes inside `backward`: only the last part needs that.
         skip_average = share is not shares[-1] and network is not model
         with network.no_sync() if skip_average else nullcontext():
             with autocast(device, dtype):
-                losses = step_losses(network, model, share, mask_ratio, predict_ratio)
-            loss = losses.sum() / images_per_step
+                losses = step_losses(
+                    network, model, share, mae_loss_weight > 0, mask_ratio, predict_ratio
+                )
+            sums = losses.sum(0) / images_per_step  # (1,) or (2,)
+            loss = sums[0] if len(sums) == 1 else sums[0] + mae_loss_weight * sums[1]
             scaler.scale(loss * world_size()).backward()  # DDP averages over processes
-        total += loss.detach()
-    sum_over_processes(total)
+        totals[: len(sums)] += sums.detach()
+    sum_over_processes(totals)
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
     if clip_grad:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_grad, norm)
-    loss, norm = torch.stack([total, norm]).tolist()  # the step's only wait for the device
-    check_finite(batch, loss, norm, scaler)
+    # The step's only wait for the device.
+    loss, loss_without_code, norm = torch.stack([*totals, norm]).tolist()
+    check_finite(batch, loss + loss_without_code, norm, scaler)
     scaler.step(optimizer)
     scaler.update()
     # To log another metric of a step, add a number here: its mean over the epoch's steps is logged.
     # The first process logs its own number: sum over processes first if each computes a share.
     metrics = {"pretrain/loss_tr": loss}
+    if len(sums) == 2:
+        metrics["pretrain/loss_tr_no_z"] = loss_without_code
     if math.isfinite(norm):
         metrics["pretrain/grad_norm"] = norm
     return metrics
 
 
-def step_losses(network, model, share, mask_ratio, predict_ratio):
-    """The losses (n,) of a gradient step on images of a Batch, with their chosen codes."""
+def step_losses(network, model, share, also_without_code, mask_ratio, predict_ratio):
+    """The losses of a gradient step on the n images of a Batch, from one pass of the encoder: (n,
+    2), with the chosen code and without code; (n, 1) of a plain MAE, or with the code alone."""
     device = model.pos_embed.device
     images, codes = normalize(share.images), None
     if share.code_numbers is not None:
@@ -201,8 +211,9 @@ def step_losses(network, model, share, mask_ratio, predict_ratio):
         mask_ratio,
         predict_ratio=predict_ratio,
         masked_only=True,
+        also_without_code=also_without_code,
     )
-    return image_losses(model, pred, images, mask)  # (n, 1), without codes (n,)
+    return image_losses(model, pred, images, mask).view(len(images), -1)
 
 
 def check_finite(batch, loss, norm, scaler):
@@ -325,14 +336,6 @@ def end_epoch(progress, rates):
     metrics["pretrain/skipped_steps"] = skipped  # gradients overflowed in float16
     metrics |= {"pretrain/lr_mae": rates["mae"], "pretrain/lr_z": rates["z"]}
     return metrics, line
-
-
-def distributed(model, *, code_free_share):
-    """The model for gradient steps: with several processes wrapped in DDP, which averages gradients
-    over them. DDP must be told that steps without codes leave the injections' parameters unused."""
-    if world_size() == 1:
-        return model
-    return DistributedDataParallel(model, find_unused_parameters=code_free_share > 0)
 
 
 def learning_rates(step, *, lr, lr_z, min_lr, headstart, ramp, total, cycles):

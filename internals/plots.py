@@ -39,7 +39,8 @@ def picture_grid(cells, headers, caption, cell_height=96):
 
 CURVES = {  # panel -> {metric: label}. A metric that is in no panel gets a panel of its own.
     "reconstruction loss": {
-        "pretrain/loss_tr": "training",
+        "pretrain/loss_tr": "training, chosen codes",
+        "pretrain/loss_tr_no_z": "training, without code",
         "pretrain/loss_te": "validation, mean over codes",
         "pretrain/loss_te_best": "validation, best of codes",
         "pretrain/loss_te_no_z": "validation, without code",

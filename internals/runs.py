@@ -4,6 +4,7 @@ and pictures."""
 import contextlib
 import errno
 import fcntl
+import glob
 import io
 import json
 import math
@@ -72,13 +73,11 @@ def find_in_folder(folder, parts=RUN_PARTS):
 
 def find_run(script, flags, changeable, architecture):
     """See locate_run; for the first process."""
-    models = Path(flags.save_folder).expanduser() / "models"
     if flags.resume:
         folder = Path(flags.resume).absolute().parent.parent
     else:
-        named = (path.parent for path in models.glob(f"*-{flags.uid}/config.json"))
-        mine = (path for path in named if read_config(path).get("uid") == flags.uid)
-        folder = next(mine, models / run_name(script, flags))
+        folder = folder_of(flags.uid, flags.save_folder)
+        folder = folder or models_folder(flags.save_folder) / run_name(script, flags)
     start = find_in_folder(folder)
     old = start.checkpoint["args"] if start.checkpoint else read_config(folder)
     if old.get("uid", flags.uid) != flags.uid or (not old and holds_files(folder)):
@@ -88,8 +87,38 @@ def find_run(script, flags, changeable, architecture):
         check_resume(flags.resume, start)
     if not old:
         return start
-    changed = check_changes(vars(flags), old, changeable, architecture)
+    changed = check_changes(vars(flags), current_flags(old), changeable, architecture)
     return start._replace(changed=changed)
+
+
+def models_folder(save_folder):
+    return Path(save_folder).expanduser() / "models"
+
+
+def folder_of(uid, save_folder):
+    """The folder of the run with this uid; None if there is none."""
+    configs = models_folder(save_folder).glob(f"*-{glob.escape(str(uid))}/config.json")
+    named = (path.parent for path in configs)
+    return next((path for path in named if read_config(path).get("uid") == uid), None)
+
+
+# Flags that version 0.1.0 lacked, with the values that do what its runs did; and flags of version
+# 0.1.0 that this version lacks, with the values that had no effect.
+ADDED_FLAGS = {"mae_loss_weight": 0.0}
+REMOVED_FLAGS = {"code_free_share": 0.0}
+
+
+def current_flags(flags):
+    """The flags of a run, a dict, as this version would store them. An InputError if the run used a
+    flag that this version lacks."""
+    for name, value in REMOVED_FLAGS.items():
+        if flags.get(name, value) != value:
+            raise InputError(
+                f"--{name} {flags[name]}, which this run used, is no flag of this version; go on "
+                "with version 0.1.0, or start from the run's weights: --mae_weights CHECKPOINT"
+            )
+    kept = {name: value for name, value in flags.items() if name not in REMOVED_FLAGS}
+    return ADDED_FLAGS | kept
 
 
 def check_resume(path, start):

@@ -1,55 +1,52 @@
 #!/usr/bin/env bash
-# Compares many settings of IMLE. All start from the same MAE's weights and train for about the same time; takes an hour and a
-# half on 2 CPU cores. After an interruption, the same command goes on. Flags on the command line apply to every run unless a
-# setting names them. ONLY="imle|mae" runs these two settings alone.
+# Compares many settings of IMLE, and controls, all from scratch with the protocol of figure.sh; takes about three hours a seed on
+# 2 CPU cores. After an interruption, the same command goes on. Flags on the command line apply to every run unless a setting names
+# them. ONLY="imle|mae" runs these two settings alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
-: "${OUT:=runs/ablations}" "${SEEDS:=0 1}" "${ONLY:=.*}"
+: "${OUT:=runs/ablations}" "${SEEDS:=0}" "${ONLY:=.*}"
 
-# One line per setting: name and flags. --epochs differs so that all settings take about the same time.
+# One line per setting: name and flags.
 settings() {
     cat << 'END'
 mae --ignore_z 1
-mae_1500_steps --ignore_z 1 --epochs 12
-mae_as_long --ignore_z 1 --epochs 16
+mae_64_images --ignore_z 1 --mini_bs 64
+mae_twice_the_rate --ignore_z 1 --lr 2e-3
 imle
-half_code_free --code_free_share .5
-decoder --ip_spec 4 adain --epochs 8
-all_encoder_blocks --ip_spec 0 adain 1 adain 2 adain 3 adain --epochs 4
+imle_alone --mae_loss_weight 0
+random_codes --ns 1
+weight_.3 --mae_loss_weight .3
+weight_3 --mae_loss_weight 3
 original --adain_init original
-all_defaults --adain_init original --lr_z 1e-4 --latent_dim 512 --mapping_net_layers 8 --mapping_net_h_dim 512 --epochs 5
-original_lrmul_1 --adain_init original --mapping_net_lrmul 1
-mask_.9_mae --ignore_z 1 --mask_ratio .9
-mask_.9 --mask_ratio .9
-ns_4 --ns 4 --epochs 11
-ns_64 --ns 64 --epochs 2
-ns_64_surrogate --ns 64 --sampler surrogate
-ipe_500 --ipe 500 --epochs 3 --n_ramp 0
+ns_4 --ns 4
+ns_64 --ns 64 --sampler exhaustive
+ns_64_surrogate --ns 64
+last_decoder_block --ip_spec 5 adain
+last_decoder_block_ns_64 --ip_spec 5 adain --ns 64
+first_decoder_block --ip_spec 4 adain
+all_encoder_blocks --ip_spec 0 adain 1 adain 2 adain 3 adain
+mask_token --ip_spec mask adain
+ipe_500 --ipe 500 --epochs 4 --n_ramp 0
 latent_4 --latent_dim 4
 latent_128 --latent_dim 128
-first_block --ip_spec 0 adain --epochs 4
-mask_token --ip_spec mask adain
-lr_z_3e-4 --lr_z 3e-4
-lr_z_1e-2 --lr_z 1e-2
+mask_.9_mae --ignore_z 1 --mask_ratio .9
+mask_.9 --mask_ratio .9
+long_mae --ignore_z 1 --epochs 80
+long_imle --epochs 80
 END
 }
 
-set -- --data_tr demo/mnist_train.tar --data_val demo/mnist_val.tar --input_size 28 --use_augs 0 --num_workers 1 \
-    --arch vit_demo --norm_pix_loss 0 --no-fp16 --get_mae_baseline 0 --ex_per_epoch 4000 --ipe 125 --mini_bs 32 \
-    --scheduler linear_ramp_cosine_decay --n_ramp 1 --steps_per_eval 100000 --z_per_ex_loss 32 \
-    --val_n_shot 400 --probe_bs 128 --probe_epochs 50 --save_minutes 1 "$@"
-
 for seed in $SEEDS; do
-    echo "--seed $seed --uid start-$seed"
-done | bash scripts/train_many.sh "$@" --ignore_z 1 --finetune 0 --epochs 16 --lr 1e-3 --save_folder "$OUT/start"
-
-for seed in $SEEDS; do
-    weights=$(ls "$OUT"/start/models/*-start-"$seed"/checkpoints/step_*.pt | tail -n 1)
     settings | grep -E "^($ONLY)( |\$)" | while read -r name flags; do
-        echo "--mae_weights \"$weights\" --seed $seed $flags --uid $name-$seed"
+        echo "--seed $seed $flags --uid $name-$seed"
     done
-done | bash scripts/train_many.sh --epochs 6 --lr 3e-4 --lr_z 2e-3 --ns 16 \
-    --adain_init identity --latent_dim 32 --mapping_net_layers 3 --mapping_net_h_dim 64 "$@" --save_folder "$OUT"
+done | bash scripts/train_many.sh \
+    --data_tr demo/mnist_train.tar --data_val demo/mnist_val.tar --input_size 28 --use_augs 0 --num_workers 1 \
+    --arch vit_demo --norm_pix_loss 0 --no-fp16 --finetune 0 --get_mae_baseline 0 \
+    --epochs 16 --ex_per_epoch 4000 --ipe 125 --mini_bs 32 \
+    --lr 1e-3 --lr_z 2e-3 --scheduler linear_ramp_cosine_decay --n_ramp 1 --ns 16 \
+    --steps_per_eval 100000 --z_per_ex_loss 32 --val_n_shot 400 --probe_bs 128 --probe_epochs 50 \
+    --save_minutes 1 "$@" --save_folder "$OUT"
 
-python scripts/figure.py "$OUT" --names start=start $(settings | sed "s/ .*//; s/.*/&=&/")
+python scripts/figure.py "$OUT" --names $(settings | sed "s/ .*//; s/.*/&=&/")

@@ -1,6 +1,8 @@
 """Measures what codes add, on runs with the uids ARM-SEED: the loss of the best of k completions of
 a masked image, the number of classes that the completions show, and whether the true class is among
-them. A classifier trained on whole images (the judge) recognises the classes. For comparison: an
+them. A classifier trained on whole images (the judge) recognises the classes. A linear probe tells
+the class of an image from its nearest code alone, one of the same codes for all images: what the
+code says of the class, the encoder need not. For comparison: an
 MAE's single completion, that completion with noise as large as the effect of codes, and an
 untrained network with codes.
 
@@ -26,6 +28,7 @@ from internals.processes import run_command
 from internals.runs import read_config
 from internals.weights import load_model
 from IO import Parser, real, whole
+from LinearProbe import linear_probe
 from Samplers import image_losses
 from Utils import (
     InputError,
@@ -176,6 +179,15 @@ def most_classes(cells, n_shown):
     return cells[rows], n_shown[rows]
 
 
+def class_by_code(model, losses, labels, seed):
+    """The accuracy with which a linear probe tells the class of an image from its nearest code; the
+    probe is trained on every second image, tested on the others. losses (N,K), labels (N,)."""
+    codes = model.sample_codes(torch.zeros(1, dtype=torch.int64), losses.shape[1])[0]
+    nearest = codes[losses.argmin(1)]  # (N, D)
+    halves = nearest[::2], labels[::2], nearest[1::2], labels[1::2]
+    return linear_probe(*halves, batch_size=64, seed=seed)["top1"]
+
+
 # -------------------------------------------------------------------------------------------------
 # Runs of one seed, and all of them together.
 
@@ -239,10 +251,13 @@ def measure_seed(runs, mae, args):
             parts.setdefault(name, []).append([x.cpu() for x in (loss, spread, classes)])
         cells = [*cells, class_cells(images, mask, pictures, mae, n_classes)]
         cells = [most_classes(*map(torch.cat, zip(*cells, strict=True)))]
-    measured = {
-        name: measure(*map(torch.cat, zip(*rows, strict=True)), labels, n_classes)
-        for name, rows in parts.items()
-    }
+    measured = {}
+    for name, rows in parts.items():
+        losses, spread, classes = map(torch.cat, zip(*rows, strict=True))
+        measured[name] = measure(losses, spread, classes, labels, n_classes)
+        if name in models and models[name].code_dim:
+            told = class_by_code(models[name].cpu(), losses, labels, flags["seed"])
+            measured[name]["class by code"] = told
     accuracy = (torch.cat(taken_for) == labels).double().mean().item()
     return measured, accuracy, (cells[0][0], len(labels), images_tr.classes)
 
@@ -280,7 +295,7 @@ def draw(results, names, path):
 def table(results, names, n_codes):
     """Prints the results {name: [measures of each seed]}: their means over seeds."""
     heads = ["loss of one", f"best of {n_codes}", "spread", "plausible", "classes", "true"]
-    rows = [["completions by", *heads, "codes that win"]]
+    rows = [["completions by", *heads, "codes that win", "class by code"]]
     for name, seeds in results.items():
         mean = {
             key: np.mean([np.ravel(seed[key])[[0, -1]] for seed in seeds], axis=0)
@@ -291,7 +306,8 @@ def table(results, names, n_codes):
         cells += [f"{mean['true'][1]:.1%}"]
         wins = f"{mean['winners'][0]:.0f} ({mean['effective'][0]:.0f})"
         alone = len(seeds[0]["k"]) == 1 or name == NOISE
-        rows.append([names.get(name, name), *cells, "-" if alone else wins])
+        told = f"{mean['class by code'][0]:.1%}" if "class by code" in mean else "-"
+        rows.append([names.get(name, name), *cells, "-" if alone else wins, told])
     print_table(rows)
 
 

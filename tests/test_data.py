@@ -742,14 +742,6 @@ def test_minibatches_are_whole_passes_in_exactly_sized_pieces(pool_size, size, s
         assert [rows_of(pool, batch) for batch in rest] == batches[done:]
 
 
-@pytest.mark.parametrize(("share", "free"), [(0, []), (0.5, [3, 5, 7]), (0.25, [3, 7])])
-def test_a_share_of_the_steps_goes_without_codes_counted_over_epochs(share, free):
-    options = {"code_numbers": torch.arange(9), "code_free_share": share, "step": 2, "done": 2}
-    batches = batches_of(draw(4, 9, 0), steps=8, size=3, **options)
-    assert [batch.step for batch in batches] == list(range(2, 8))
-    assert [batch.step for batch in batches if batch.code_numbers is None] == free
-
-
 def test_processes_share_a_minibatch_and_gather_images_noise_and_codes_by_row(monkeypatch):
     pool, numbers = draw(4, 9, 0), torch.randperm(9)
     (whole,) = batches_of(pool, steps=1, size=7)

@@ -9,7 +9,10 @@ import torch
 import what_codes_add  # noqa: E402
 from conftest import TINY, command, metrics, run_folder
 
+import Models
 from internals import runs
+
+IMPLICIT = Models.ModelConfig((8, 8), 4, 16, 1, 2, 16, 1, 2, ip_spec=((0, "adain"),), latent_dim=4)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 6])
@@ -41,6 +44,14 @@ def test_codes_that_win_are_counted():
     found = what_codes_add.measure(losses, losses[:, 0], none, torch.zeros(4).long(), 2)
     assert found["winners"] == 2 and found["effective"] == pytest.approx(2)
     assert found["plausible"] == found["true"][0] == 0
+
+
+def test_a_class_that_the_nearest_code_gives_away_is_told_from_the_code():
+    model, labels = Models.build(IMPLICIT), torch.arange(400) % 4
+    losses = 1 + torch.rand(400, 8)
+    says_nothing = what_codes_add.class_by_code(model, losses, labels, seed=0)
+    losses[torch.arange(400), labels] = 0  # each class has a code of its own
+    assert what_codes_add.class_by_code(model, losses, labels, seed=0) == 1 > 2 * says_nothing
 
 
 def test_the_figure_s_table_has_means_and_ranges_over_seeds(tmp_path, capsys):

@@ -124,6 +124,27 @@ def test_prefix_and_suffix_equal_the_whole_network_run_for_every_code(golden, st
     torch.testing.assert_close(losses, Models.reconstruction_loss(plain, images, mask))
 
 
+@pytest.mark.parametrize("ip_spec", [[], *PLACES, SEVERAL], ids=str)
+@pytest.mark.parametrize("decoder", Models.DECODERS)
+@pytest.mark.parametrize("masked_only", [False, True])
+def test_a_forward_with_codes_also_gives_the_completion_without_code(
+    golden, ip_spec, decoder, masked_only
+):
+    torch.manual_seed(0)
+    model = Models.build(dataclasses.replace(TINY, ip_spec=tuple(ip_spec), decoder=decoder))
+    inputs, options = (golden["imgs"], golden["noise"]), {"masked_only": masked_only}
+    without = model(*inputs, **options)[0]  # (N, L or M, P*P*3)
+    alone = model(*inputs, **options, also_without_code=True)[0]
+    assert torch.equal(alone, without), "without codes there is nothing to add"
+    for n_codes in (1, 4) if ip_spec else ():
+        codes = model.sample_codes(torch.arange(3), n_codes)
+        both, mask = model(*inputs, codes, **options, also_without_code=True)
+        with_codes, same_mask = model(*inputs, codes, **options)
+        assert torch.equal(mask, same_mask)
+        torch.testing.assert_close(both[:, :-1], with_codes, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(both[:, -1], without, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("ip_spec", [*PLACES, SEVERAL], ids=str)
 def test_the_cross_decoder_splits_and_predicts_a_share_alike(golden, ip_spec):
     torch.manual_seed(0)
@@ -248,6 +269,10 @@ def test_what_comes_before_the_first_injection_runs_once_per_image(
     seen.clear()
     model.suffix(prefix, model.sample_codes(torch.arange(3), 4))
     assert seen == [(number, 12) for number in range(blocks_once, 5)]
+    seen.clear()
+    codes = model.sample_codes(torch.arange(3), 1)
+    model(golden["imgs"], golden["noise"], codes, also_without_code=True)
+    assert seen == [(number, 3 if number < blocks_once else 6) for number in range(5)]
 
 
 @pytest.mark.parametrize("ip_spec", [[], *PLACES], ids=str)

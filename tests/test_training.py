@@ -242,19 +242,26 @@ def test_validation_equals_a_brute_force_over_codes(model, chunk):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0, 0.3])
 @pytest.mark.parametrize("parts", [1, 3, 4])
-def test_a_step_follows_the_gradient_of_the_mean_loss_in_any_number_of_parts(parts):
+def test_a_step_follows_the_gradient_of_both_mean_losses_in_any_number_of_parts(parts, weight):
     model = IO.load_model(ROOT / "demo/imle_mnist.pt")
     batch = random_batch(6)
     images = Augmentation.normalize(batch.images)
     codes = model.sample_codes(batch.seeds, 3)[torch.arange(6), batch.code_numbers]
-    pred, mask = model(images, batch.mask_noise, codes[:, None])
-    expected = Models.reconstruction_loss(pred, images, mask, False).mean()
+    expected = []
+    for some in (codes[:, None], None):
+        pred, mask = model(images, batch.mask_noise, some)
+        expected.append(Models.reconstruction_loss(pred, images, mask, False).mean())
     trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(expected, trained)
+    gradients = torch.autograd.grad(expected[0] + weight * expected[1], trained)
     options = step_options(model, parts=parts, rates={"mae": 0.0, "z": 0.0})
-    found = TrainIMLE.train_step(model, batch, **options)
-    assert found["pretrain/loss_tr"] == pytest.approx(expected.item(), rel=1e-5)
+    found = TrainIMLE.train_step(model, batch, **options, mae_loss_weight=weight)
+    assert found["pretrain/loss_tr"] == pytest.approx(expected[0].item(), rel=1e-5)
+    if weight:
+        assert found["pretrain/loss_tr_no_z"] == pytest.approx(expected[1].item(), rel=1e-5)
+    else:
+        assert "pretrain/loss_tr_no_z" not in found
     assert found["pretrain/grad_norm"] == pytest.approx(
         torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-4
     )
@@ -331,9 +338,11 @@ def test_a_run_leaves_what_the_readme_says(tiny_run):
     assert IO.load_model(tiny_run / "checkpoints/step_00000008.pt").code_dim == 8
 
 
-def test_a_tiny_run_has_the_numbers_that_version_0_1_0_had(tiny_run):
+def test_imle_alone_has_the_numbers_that_version_0_1_0_had(tmp_path):
+    flags = ["--mae_loss_weight", 0, "--steps_per_eval", 2, "--save_folder", tmp_path]
+    command(*TINY, *flags)
     recorded = (ROOT / "tests/golden/tiny_run.jsonl").read_text().splitlines()
-    for line, now in zip(map(json.loads, recorded), metrics(tiny_run), strict=True):
+    for line, now in zip(map(json.loads, recorded), metrics(run_folder(tmp_path)), strict=True):
         for key, value in line.items():
             # A probe counts images: on another processor one of 150 may fall to another class.
             tolerance = 0.02 if key.startswith("fast_linear_probe") else 1e-5
@@ -453,25 +462,16 @@ def test_the_cross_decoder_and_the_surrogate_train_the_same_run_in_two_processes
     assert epoch["sampling/end_losses"] <= epoch["sampling/first_losses"]
     model = IO.load_model(final_path(alone))
     assert isinstance(model.decoder_blocks[0], Models.CrossBlock)
-    done = command(*flags, "--decoder", "self", "--save_folder", tmp_path / "1", check=False)
+    flags += ["--decoder", "self", "--predict_ratio", 1]
+    done = command(*flags, "--save_folder", tmp_path / "1", check=False)
     assert done.returncode == 2 and "--decoder was cross, is self" in done.stderr
 
 
-def test_steps_without_codes_train_the_same_run_in_two_processes_and_help_the_codeless(tmp_path):
-    losses = {}
-    for share, processes in ((0, 1), (0.5, 1), (0.5, 2)):
-        folder = tmp_path / f"{share}-{processes}"
-        flags = ["--adain_init", "original", "--code_free_share", share, "--processes", processes]
-        command(*TINY, *flags, "--save_folder", folder)
-        values = [r.get("pretrain/loss_te_no_z") for r in metrics(run_folder(folder))]
-        losses[share] = [value for value in values if value is not None][-1]
-    assert_same_run(*(run_folder(tmp_path / f"0.5-{n}") for n in (1, 2)), tolerance=1e-5)
-    assert losses[0.5] < losses[0]
-
-
 def test_a_plain_mae_samples_nothing_and_is_evaluated_as_one(tmp_path):
-    command(*TINY, "--ignore_z", 1, "--epochs", 1, "--save_folder", tmp_path)
+    flags = ["--ignore_z", 1, "--epochs", 1, "--mae_loss_weight", 0.5, "--save_folder", tmp_path]
+    command(*TINY, *flags)
     records = metrics(run_folder(tmp_path))
+    assert not any("pretrain/loss_tr_no_z" in record for record in records)
     assert not any(key.startswith("sampling/") for record in records for key in record)
     for record in (r for r in records if "pretrain/loss_te" in r):
         assert record["pretrain/loss_te"] == record["pretrain/loss_te_best"]
@@ -590,6 +590,54 @@ def test_a_run_is_found_by_its_whole_uid_alone(tiny_run, tmp_path):
     assert "new: " in done.stdout
     (other,) = (tmp_path / "models").glob("*-x-1")
     assert (other / "metrics.jsonl").read_bytes() == before
+
+
+def copied_run(run, tmp_path, **args):
+    """The folder of a copy of a run whose checkpoint and config.json hold these flags, too; a flag
+    that is None is missing there."""
+    shutil.copytree(run.parent.parent, tmp_path, dirs_exist_ok=True)
+    folder = run_folder(tmp_path)
+    content, config = final_state(folder), json.loads((folder / "config.json").read_text())
+    for name, value in args.items():
+        for flags in (content["args"], config["flags"]):
+            flags.pop(name) if value is None else flags.update({name: value})
+    checkpoints.save_checkpoint(final_path(folder), content)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+SHORT_COMMAND = [*DEMO_DATA, "--uid", "tiny", "--num_workers", 0, "--epochs", 3]
+
+
+def test_flags_that_the_command_does_not_give_are_those_of_the_run_that_goes_on(tiny_run, tmp_path):
+    folder = copied_run(tiny_run, tmp_path, mae_loss_weight=0.25, save_minutes=77.0)
+    done = command(*SHORT_COMMAND, "--save_folder", tmp_path)
+    assert "going on after step 8" in done.stdout
+    args = final_state(folder)["args"]
+    assert (args["mae_loss_weight"], args["lr"], args["arch"]) == (0.25, 1e-3, "vit_demo")
+    assert args["save_minutes"] == 10, "a flag that may change has its default"
+    done = command(*SHORT_COMMAND, "--lr", 2e-3, "--save_folder", tmp_path, check=False)
+    assert done.returncode == 2 and "--lr was 0.001, is 0.002" in done.stderr
+
+
+def test_a_run_of_version_0_1_0_goes_on_with_the_loss_of_the_chosen_codes_alone(tiny_run, tmp_path):
+    earlier = {"mae_loss_weight": None, "code_free_share": 0.0}
+    folder = copied_run(tiny_run, tmp_path, **earlier)
+    flags = [*SHORT_COMMAND, "--save_folder", tmp_path]
+    done = command(*flags, "--mae_loss_weight", 1, check=False)
+    assert done.returncode == 2 and "--mae_loss_weight was 0.0, is 1.0" in done.stderr
+    command(*flags)
+    assert final_state(folder)["args"]["mae_loss_weight"] == 0
+    assert "pretrain/loss_tr_no_z" not in metrics(folder)[-1]
+
+
+def test_a_run_with_a_flag_that_is_no_more_is_refused_in_one_line(tiny_run, tmp_path):
+    folder = copied_run(tiny_run, tmp_path, code_free_share=0.5)
+    uid = [*SHORT_COMMAND, "--save_folder", tmp_path]
+    for flags in (uid, ["--resume", final_path(folder)]):
+        done = command(*flags, check=False)
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 2 and "--code_free_share 0.5" in line and "0.1.0" in line
 
 
 def test_a_run_goes_on_although_a_flag_is_newer_than_it(tiny_run, tmp_path):
