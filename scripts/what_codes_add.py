@@ -185,7 +185,7 @@ def class_by_code(model, losses, labels, seed):
     codes = model.sample_codes(torch.zeros(1, dtype=torch.int64), losses.shape[1])[0]
     nearest = codes[losses.argmin(1)]  # (N, D)
     halves = nearest[::2], labels[::2], nearest[1::2], labels[1::2]
-    return linear_probe(*halves, batch_size=64, seed=seed)["top1"]
+    return linear_probe(*halves, lr=1e-2, seed=seed)["top1"]
 
 
 # -------------------------------------------------------------------------------------------------
