@@ -47,7 +47,7 @@ def test_codes_that_win_are_counted():
 
 
 def test_a_class_that_the_nearest_code_gives_away_is_told_from_the_code():
-    model, labels = Models.build(IMPLICIT), torch.arange(400) % 4
+    model, labels = Models.build(IMPLICIT), torch.randint(4, (400,))
     losses = 1 + torch.rand(400, 8)
     says_nothing = what_codes_add.class_by_code(model, losses, labels, seed=0)
     losses[torch.arange(400), labels] = 0  # each class has a code of its own
