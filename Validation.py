@@ -156,21 +156,22 @@ class Validation:
     @torch.no_grad()
     def picture(self, model, name, chosen, step, with_codes):
         """The grid of completions of the examples `chosen`, as a Pillow image, the same on all
-        processes."""
+        processes; None, with a warning, if it can't be drawn."""
         k = self.codes_per_picture if with_codes else 0
         device, (height, width) = model.pos_embed.device, model.config.image_size
         cells = torch.zeros(
             len(chosen.indices), 2 + max(1, k), 3, height, width, dtype=torch.uint8, device=device
         )
         for rows, images in chosen.loader.chunks(chosen.indices, chosen.seeds, 8):
-            images, mask_noise, seeds = prepare(model, images, chosen.seeds[rows])
-            codes = model.sample_codes(seeds, k) if k else None
-            cells[rows] = completions(model, images, mask_noise, codes, self.mask_ratio)
+            with plots.at_most_a_warning(f"a part of the picture {name}"):  # short of memory?
+                images, mask_noise, seeds = prepare(model, images, chosen.seeds[rows])
+                codes = model.sample_codes(seeds, k) if k else None
+                cells[rows] = completions(model, images, mask_noise, codes, self.mask_ratio)
         sum_over_processes(cells)
         headers = ["image", "masked", *([f"code {i + 1}" for i in range(k)] or ["completion"])]
-        return plots.picture_grid(
-            cells.cpu(), headers, caption(name, step, model.config.norm_pix_loss)
-        )
+        text = caption(name, step, model.config.norm_pix_loss)
+        with plots.at_most_a_warning(f"the picture {name}"):
+            return plots.picture_grid(cells.cpu(), headers, text)
 
 
 def prepare(model, images, seeds):

@@ -21,7 +21,7 @@ from Augmentation import transforms
 from internals.checkpoints import Checkpoints, Keeper, Progress, checkpoint_paths
 from internals.encoders import POOLS, extract, image_features, nearest_neighbors
 from internals.heads import Head, Heads, lars, train_step
-from internals.plots import draw_probe
+from internals.plots import at_most_a_warning, draw_probe
 from internals.processes import StopSignal
 from internals.runs import Run, find_in_folder, on_all_processes, read_metrics
 from Utils import (
@@ -386,6 +386,7 @@ def write_result(folder, result, metrics, confusion):
     history = [{name: record[name] for name in names} for record in read_metrics(folder)]
     content = json.dumps({**result, "history": history}, indent=1)
     write_atomically(folder / "result.json", content.encode())
-    draw_probe(folder / "probe.png", result, history, confusion)
+    with at_most_a_warning(picture := folder / "probe.png"):
+        draw_probe(picture, result, history, confusion)
     for path in checkpoint_paths(folder):
         path.unlink()
