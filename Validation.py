@@ -12,6 +12,7 @@ import LinearProbe
 import Utils
 from Augmentation import normalize
 from internals import plots
+from internals.encoders import NotFiniteError
 from internals.processes import StopSignal
 from internals.runs import Run
 from Models import completions, in_precision
@@ -125,9 +126,12 @@ class Validation:
         # process logs its own number.
         values = self.losses(model, with_codes)
         if self.probe is not None:
-            accuracy = self.probe(model)
-            values["fast_linear_probe/acc_te"] = accuracy["top1"]
-            values["fast_linear_probe/knn_te"] = accuracy["knn"]
+            try:
+                accuracy = self.probe(model)
+                values["fast_linear_probe/acc_te"] = accuracy["top1"]
+                values["fast_linear_probe/knn_te"] = accuracy["knn"]
+            except NotFiniteError as error:
+                say(f"warning: no probe after {step} gradient steps: {error}")
         for name, some_examples in self.picture_examples.items():
             values[f"images/{name}"] = self.picture(model, name, some_examples, step, with_codes)
         return values

@@ -28,8 +28,8 @@ def at_most_a_warning(picture):
 
 
 def drawable(text):
-    """The text with escapes for what no font can draw: names of files may be no UTF-8."""
-    return str(text).encode(errors="backslashreplace").decode()
+    """The text with escapes for bytes that are no UTF-8, which names of files may hold."""
+    return str(text).encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def picture_grid(cells, headers, caption, cell_height=96):

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 import Data
 import Models
 from Augmentation import denormalize, normalize, transforms
-from internals.checkpoints import checkpoint_paths
 from internals.plots import drawable, picture_grid, saved_figure
 from internals.processes import run_command
 from internals.runs import read_config
@@ -182,11 +181,7 @@ def most_classes(cells, n_shown):
 
 def load_models(runs, seed, device):
     """{name: model} of the runs {arm: folder}, models with codes first, and an untrained model."""
-    models = {}
-    for arm, run in runs.items():
-        if not (paths := checkpoint_paths(run)):
-            raise InputError(f"{run}: no checkpoint there yet")
-        models[arm] = load_model(paths[0])
+    models = {arm: load_model(run) for arm, run in runs.items()}
     models = dict(sorted(models.items(), key=lambda item: item[1].code_dim == 0))
     config = next(iter(models.values())).config
     if not config.ip_spec:
