@@ -13,7 +13,9 @@ from Utils import InputError, say
 WRAPPERS = re.compile(
     r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-AVERAGE = re.compile(r"(?<![a-z])ema(?![a-z])")  # names of a moving average of a network's weights
+AVERAGE = re.compile(
+    r"(?<![a-z])ema(?![a-z])", re.I
+)  # names of a moving average of a network's weights
 
 
 def split_key(source):
@@ -35,11 +37,12 @@ def named_tensors(content, prefix=""):
 
 def unwrap(content, names, *, path, key="", refusal):
     """The state dict, without prefixes, of the network in a file's dict that has most of the
-    tensors `names`, and where this state dict lay: "model", "teacher.backbone".
+    tensors `names`, and where this state dict lay: "model", "teacher.backbone". A note says so.
 
     key: a part of that place, where a file has several such networks; an InputError lists them.
     refusal: what an InputError says if there is none. path: of the file, for messages."""
-    tensors = {WRAPPERS.sub("", name): tensor for name, tensor in named_tensors(content)}
+    wrapped = dict(named_tensors(content))
+    tensors = {WRAPPERS.sub("", name): tensor for name, tensor in wrapped.items()}
     if not tensors:
         keys = ", ".join(map(str, content))
         raise InputError(f"{path} holds no state dict (tensors by name), only {keys:.200}")
@@ -53,24 +56,32 @@ def unwrap(content, names, *, path, key="", refusal):
         raise InputError(f"{refusal}: it has {len(tensors)} tensors, such as {shown:.300}")
     found = [place for place, count in counts.items() if 2 * count > most]
     place = choose_place(found, key, path)
+    notes = [] if place in ("", "model") else [f"taken are the weights under {place!r}"]
+    if dropped := sorted({word for name in wrapped for word in WRAPPERS.findall(name)}):
+        notes.append(f"{' and '.join(dropped)} left out of the tensors' names")
+    others = [other for other in found if other != place and not inside(other, place)]
+    if others and not key:
+        notes.append(f"for others write behind its name #{' or #'.join(others)}")
+    if notes:
+        say(f"note: {path}: {'; '.join(notes)}")
     prefix = place and f"{place}."
     return {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}, place
 
 
 def choose_place(found, key, path):
-    """One of the places of networks; an InputError if it is not clear which. Says which one is
-    taken, unless it is the usual place."""
+    """One of the places of networks; an InputError if it is not clear which. Without a key the
+    trained weights go before their moving average."""
     chosen = [place for place in found if f".{key}." in f".{place}." or not key]
-    # A network inside a chosen one is a part of this one.
-    chosen = [a for a in chosen if not any(a.startswith(b and f"{b}.") for b in chosen if b != a)]
+    chosen = [place for place in chosen if not any(inside(place, other) for other in chosen)]
     trained = [place for place in chosen if not AVERAGE.search(place)]
     chosen = trained if len(trained) == 1 else chosen
     if len(chosen) != 1:
         what = f"has no network {key!r}" if key and not chosen else "has several networks"
-        places = " or ".join(f"#{place}" for place in found)
-        raise InputError(f"{path} {what}; write behind its name which one: {places}")
-    others = [place for place in found if not place.startswith(chosen[0])]
-    if others or chosen[0] not in ("", "model"):
-        more = f"; for others write behind its name: #{', #'.join(others)}" if others else ""
-        say(f"note: {path}: taken are the weights under {chosen[0] or 'no key'!r}{more}")
+        places = " or ".join(f"#{place}" if place else "no #" for place in found)
+        raise InputError(f"{path} {what}; write behind its name {places}")
     return chosen[0]
+
+
+def inside(place, other):
+    """Whether a place of tensors is a part of another place."""
+    return place != other and place.startswith(other and f"{other}.")

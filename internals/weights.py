@@ -211,7 +211,7 @@ def newest_in_run(folder):
     path, content = newest_checkpoint(run, mmap=True)
     if path is None:
         names = ", ".join(sorted(file.name for file in folder.iterdir())[:5]) or "nothing"
-        reason = f"it has neither {' nor '.join(HUB_FILES)} nor a run's checkpoints/, but {names}"
+        reason = f"it has neither {' nor '.join(HUB_FILES)} nor checkpoints of a run, but {names}"
         raise InputError(f"{folder} is a folder without weights: {reason}")
     say(f"note: {folder}: taken is its newest checkpoint, {path.name}")
     return path, content
