@@ -19,7 +19,7 @@ import Data
 import IO
 import Utils
 from Augmentation import transforms
-from internals.encoders import extract, load_encoder, nearest_neighbors
+from internals.encoders import check_finite, extract, load_encoder, nearest_neighbors
 from internals.full_probe import Encoder, full_probe, make_plan, probe_folder
 from internals.processes import StopSignal, adopt_slurm_step, launch, run_command
 from internals.runs import check_writable
@@ -49,11 +49,14 @@ def linear_probe(
     seed=0,
 ):
     """Trains a linear head on features (n, C) and labels (n,), and evaluates the head on the test
-    features. Returns accuracies as fractions: "top1", "top5", and "knn" of `nearest_neighbors`.
+    features. Returns accuracies as fractions: "top1", "top5", and "knn" of `nearest_neighbors`. A
+    NotFiniteError if features are not finite.
 
     AdamW; the learning rate rises for a tenth of the steps, then follows a cosine to 0. Features
     are standardised by the training features' mean and deviation. `seed` determines all random
     numbers."""
+    check_finite(features, "training")
+    check_finite(features_test, "validation")
     mean, std = features.mean(0), features.std(0) + 1e-6
     features, features_test = (features - mean) / std, (features_test - mean) / std
     n, n_classes = len(features), int(max(labels.max(), labels_test.max())) + 1

@@ -29,6 +29,7 @@ from Models import ModelConfig, build, in_precision, parameter_groups
 from Samplers import code_passes, image_losses, sort_keys
 from Utils import (
     Forecast,
+    InputError,
     RunError,
     autocast,
     choose_dtype,
@@ -40,6 +41,7 @@ from Utils import (
     naming,
     say,
     sum_over_processes,
+    total_memory,
     watch,
     world_size,
 )
@@ -360,6 +362,22 @@ def make_model(flags, checkpoint):
         return IO.load_model(flags.mae_weights or PUBLISHED[flags.arch], **fields)
 
 
+def check_surrogate(model, images_per_pass, codes_per_image):
+    """An InputError if the surrogate needs more memory than the model's device has."""
+    device = model.pos_embed.device
+    processes = world_size() if device.type == "cpu" else 1  # which share the memory
+    needed = Samplers.surrogate_memory(model, images_per_pass, codes_per_image) * processes
+    total = total_memory(device)
+    if needed > total:
+        fits = images_per_pass * total // needed
+        raise InputError(
+            f"--ns {codes_per_image}: --sampler surrogate compares all codes of the images of a "
+            f"pass, --code_bs {images_per_pass}, with each other: about {needed / 2**30:,.0f} GB, "
+            f"but there are {total / 2**30:,.0f} GB; "
+            + (f"use --code_bs {fits} or less" if fits else "lower --ns")
+        )
+
+
 def make_validation(flags, record, stop, images_tr, images_val, device, dtype):
     """The Validation that the flags ask for; an InputError for data that can't be probed."""
     size, seed = tuple(flags.input_size), flags.seed
@@ -447,6 +465,8 @@ def run(flags, images_tr, images_val):
 
     torch.manual_seed(flags.seed)
     model = make_model(flags, run_start.checkpoint).to(device)
+    if flags.sampler == "surrogate":
+        check_surrogate(model, min(flags.code_bs, flags.ex_per_epoch), flags.ns)
     optimizer = make_optimizer(model, weight_decay=flags.wd, betas=(flags.beta1, flags.beta2))
     scaler = torch.amp.GradScaler(device.type, enabled=step_dtype == torch.float16)
     progress = Progress()

@@ -271,6 +271,16 @@ class Forecast:
         self.images_left = 0
 
 
+def total_memory(device):
+    """The memory of a device in bytes; of a CPU: what this container may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # there is no limit, or it is "max"
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
+
+
 def memory(device):
     """The peak memory of this process, as text."""
     if device.type == "cuda":

@@ -12,6 +12,7 @@ import LinearProbe
 import Utils
 from Augmentation import normalize
 from internals import plots
+from internals.encoders import NotFiniteError
 from internals.processes import StopSignal
 from internals.runs import Run
 from Models import completions, in_precision
@@ -125,9 +126,12 @@ class Validation:
         # process logs its own number.
         values = self.losses(model, with_codes)
         if self.probe is not None:
-            accuracy = self.probe(model)
-            values["fast_linear_probe/acc_te"] = accuracy["top1"]
-            values["fast_linear_probe/knn_te"] = accuracy["knn"]
+            try:
+                accuracy = self.probe(model)
+                values["fast_linear_probe/acc_te"] = accuracy["top1"]
+                values["fast_linear_probe/knn_te"] = accuracy["knn"]
+            except NotFiniteError as error:
+                say(f"warning: no probe after {step} gradient steps: {error}")
         for name, some_examples in self.picture_examples.items():
             values[f"images/{name}"] = self.picture(model, name, some_examples, step, with_codes)
         return values
@@ -156,21 +160,22 @@ class Validation:
     @torch.no_grad()
     def picture(self, model, name, chosen, step, with_codes):
         """The grid of completions of the examples `chosen`, as a Pillow image, the same on all
-        processes."""
+        processes; None, with a warning, if it can't be drawn."""
         k = self.codes_per_picture if with_codes else 0
         device, (height, width) = model.pos_embed.device, model.config.image_size
         cells = torch.zeros(
             len(chosen.indices), 2 + max(1, k), 3, height, width, dtype=torch.uint8, device=device
         )
         for rows, images in chosen.loader.chunks(chosen.indices, chosen.seeds, 8):
-            images, mask_noise, seeds = prepare(model, images, chosen.seeds[rows])
-            codes = model.sample_codes(seeds, k) if k else None
-            cells[rows] = completions(model, images, mask_noise, codes, self.mask_ratio)
+            with plots.at_most_a_warning(f"a part of the picture {name}"):  # short of memory?
+                images, mask_noise, seeds = prepare(model, images, chosen.seeds[rows])
+                codes = model.sample_codes(seeds, k) if k else None
+                cells[rows] = completions(model, images, mask_noise, codes, self.mask_ratio)
         sum_over_processes(cells)
         headers = ["image", "masked", *([f"code {i + 1}" for i in range(k)] or ["completion"])]
-        return plots.picture_grid(
-            cells.cpu(), headers, caption(name, step, model.config.norm_pix_loss)
-        )
+        text = caption(name, step, model.config.norm_pix_loss)
+        with plots.at_most_a_warning(f"the picture {name}"):
+            return plots.picture_grid(cells.cpu(), headers, text)
 
 
 def prepare(model, images, seeds):

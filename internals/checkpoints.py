@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import pickle
+import re
 import time
 import warnings
 import zipfile
@@ -15,7 +16,16 @@ from pathlib import Path
 import torch
 
 from internals.processes import Stopped
-from Utils import InputError, RunError, duration, rank, say, sum_over_processes, write_atomically
+from Utils import (
+    InputError,
+    RunError,
+    duration,
+    first_line,
+    rank,
+    say,
+    sum_over_processes,
+    write_atomically,
+)
 
 # Errors of a disk or of the system: the file itself may be whole, and readable another time.
 TEMPORARY_ERRORS = {errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE}
@@ -36,8 +46,11 @@ def read_checkpoint(path, mmap=False):
             warnings.simplefilter("ignore")  # about pickle protocols
             mmap = mmap and is_zip
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
         reason = "it holds more than tensors and plain data, or is no checkpoint"
+        if name := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = f"beside tensors and plain data it holds {name[1]}; where you trust the file, "
+            reason += "save its state dict alone by torch.save, and give that"
         raise InputError(f"{path} was refused: {reason}") from None
     except InputError:
         raise
@@ -48,8 +61,8 @@ def read_checkpoint(path, mmap=False):
             raise RunError(f"{path} can't be read: {error.strerror}") from None
         raise InputError(f"{path} is damaged, or no checkpoint ({error})") from None
     except Exception as error:  # a foreign file can make torch and zipfile raise any error
-        reason = f" ({type(error).__name__})"
-        raise InputError(f"{path} is damaged, or no checkpoint{reason}") from None
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{path} is damaged, or no checkpoint ({reason})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
     return content
@@ -59,10 +72,10 @@ def read_checkpoint(path, mmap=False):
 RUN_PARTS = {"model", "config", "optimizer", "scaler", "progress", "args", "metrics_size"}
 
 
-def read_run_checkpoint(path, parts=RUN_PARTS):
+def read_run_checkpoint(path, parts=RUN_PARTS, mmap=False):
     """Returns the dict in a checkpoint of a run, from which the run can go on; an InputError if one
-    of `parts` is missing."""
-    content = read_checkpoint(path)
+    of `parts` is missing. mmap: see read_checkpoint."""
+    content = read_checkpoint(path, mmap)
     if missing := sorted(parts - content.keys()):
         others = ", ".join(map(str, list(content.keys() - parts)[:5])) or "nothing else"
         missing = ", ".join(missing)
@@ -93,13 +106,13 @@ def step_of(path):
     return int(number) if number.isdecimal() else -1
 
 
-def newest_checkpoint(folder, parts=RUN_PARTS):
+def newest_checkpoint(folder, parts=RUN_PARTS, mmap=False):
     """Returns (path, content) of the newest checkpoint in a run's folder that can be read; (None,
     None) for a folder without checkpoints; an InputError if all are damaged."""
     paths = checkpoint_paths(folder)
     for path in paths:
         try:
-            return path, read_run_checkpoint(path, parts)
+            return path, read_run_checkpoint(path, parts, mmap)
         except InputError as error:
             say(f"warning: {error}; using the one before")
     if paths:

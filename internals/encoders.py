@@ -16,10 +16,12 @@ from huggingface_hub.utils import logging
 import Data
 import Utils
 from Augmentation import MEAN, STD, channels, normalize
-from internals.weights import fetch, load_all, load_model, read_state
+from internals.unwrap import split_key, unwrap
+from internals.weights import fetch, load_all, load_model, read_content
 from Models import PRESETS, build, in_precision
 from Utils import (
     InputError,
+    RunError,
     Stream,
     autocast,
     first_line,
@@ -175,7 +177,10 @@ LIBRARIES = {
 def load_without_classifier(network, path, classifiers):
     """Loads a file's state dict, but not the layers named `classifiers`, into a network that lacks
     these layers; an InputError where it does not fit."""
-    state, _ = read_state(path)
+    path, key = split_key(path)
+    path, content = read_content(path)
+    names = network.state_dict().keys()
+    state, _ = unwrap(content, names, path=path, key=key, refusal=f"{path} does not fit")
     state = {n: x for n, x in state.items() if n.rpartition(".")[0] not in classifiers}
     with naming(path):
         load_all(network, state)
@@ -211,6 +216,19 @@ def extract(model, loader, indices, seeds, *, device, batch_size, parts, n_codes
         features[rows] = image_features(model, images, seeds[rows], parts, n_codes)
     sum_over_processes(features)
     return features
+
+
+class NotFiniteError(RunError):
+    """An encoder's features, or their variances, are not finite numbers: no accuracy can be told
+    from them."""
+
+
+def check_finite(features, title):
+    """A NotFiniteError for features (n, ...) whose variances are not finite. title: of the images,
+    for the message."""
+    if not features.var(0, correction=0).isfinite().all():
+        reason = f"the features of {title} images are not finite numbers, or too large to compare"
+        raise NotFiniteError(f"{reason}; try --sample_dtype float32, or is the model damaged?")
 
 
 def nearest_neighbors(features, labels, features_test, labels_test, k=20, temperature=0.07):

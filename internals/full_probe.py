@@ -19,14 +19,13 @@ import Data
 import Utils
 from Augmentation import transforms
 from internals.checkpoints import Checkpoints, Keeper, Progress, checkpoint_paths
-from internals.encoders import POOLS, extract, image_features, nearest_neighbors
+from internals.encoders import POOLS, check_finite, extract, image_features, nearest_neighbors
 from internals.heads import Head, Heads, lars, train_step
-from internals.plots import draw_probe
+from internals.plots import at_most_a_warning, draw_probe
 from internals.processes import StopSignal
 from internals.runs import Run, find_in_folder, on_all_processes, read_metrics
 from Utils import (
     InputError,
-    RunError,
     Stream,
     duration,
     mix_seeds,
@@ -58,6 +57,7 @@ def train_heads(heads, optimizer, batches, test_sets, keeper, *, epochs, warmup_
             losses = train_step(heads, optimizer, features, labels, rate(progress.step))
             progress.step_done({"training_loss": losses.cpu()})
             keeper.after_step()
+        check_finite(heads.norm.running_var[None], "training")  # not finite if a batch was not
         metrics = {"training_loss": progress.epoch_done()["training_loss"].tolist()}
         metrics |= evaluate(heads, test_sets)
         best = metrics["top1"].index(max(metrics["top1"]))
@@ -128,8 +128,7 @@ class Encoder:
             batch_size=self.images_per_pass, n_codes=self.n_codes,
         )
         self.stop.check()
-        if not features.isfinite().all():
-            raise RunError(f"the features of {title} images are not finite numbers")
+        check_finite(features, title)
         seconds = duration(time.perf_counter() - start)
         say(f"features of {len(indices):,} {title} images in {seconds}")
         return features, torch.as_tensor(images.targets)[indices].to(self.device)
@@ -386,6 +385,7 @@ def write_result(folder, result, metrics, confusion):
     history = [{name: record[name] for name in names} for record in read_metrics(folder)]
     content = json.dumps({**result, "history": history}, indent=1)
     write_atomically(folder / "result.json", content.encode())
-    draw_probe(folder / "probe.png", result, history, confusion)
+    with at_most_a_warning(picture := folder / "probe.png"):
+        draw_probe(picture, result, history, confusion)
     for path in checkpoint_paths(folder):
         path.unlink()

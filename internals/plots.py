@@ -2,17 +2,34 @@
 
 import contextlib
 import math
+import os
 import re
 import textwrap
+import warnings
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from Utils import write_atomically
+from Utils import InputError, first_line, say, write_atomically
 
 NORMALIZED = (  # in the captions of grids
     " Predicted patches are normalised: shown with the true patches' means and deviations."
 )
+
+
+@contextlib.contextmanager
+def at_most_a_warning(picture):
+    """Inside `with`, an error costs a warning that the picture of this name is missing, and nothing
+    else: no picture is worth a run or its results."""
+    try:
+        yield
+    except Exception as error:  # libraries, disks and devices raise errors of many kinds
+        say(f"warning: {picture} was not drawn ({first_line(error)})")
+
+
+def drawable(text):
+    """The text with escapes for bytes that are no UTF-8, which names of files may hold."""
+    return str(text).encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def picture_grid(cells, headers, caption, cell_height=96):
@@ -23,13 +40,13 @@ def picture_grid(cells, headers, caption, cell_height=96):
     cells = np.kron(np.asarray(cells.movedim(2, -1)), np.ones((1, 1, scale, scale, 1), np.uint8))
     gap, top, line = 4, 22, 18  # pixels
     step_x, step_y = w * scale + gap, h * scale + gap
-    lines = textwrap.wrap(caption, columns * step_x // 7)
+    lines = textwrap.wrap(drawable(caption), columns * step_x // 7)
     size = (columns * step_x + gap, top + rows * step_y + gap + line * len(lines))
     canvas = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     for column, header in enumerate(headers):
         x = gap + column * step_x
-        draw.text((x + w * scale / 2, top / 2), header, "black", font, anchor="mm")
+        draw.text((x + w * scale / 2, top / 2), drawable(header), "black", font, anchor="mm")
         for row in range(rows):
             canvas.paste(Image.fromarray(cells[row, column]), (x, top + row * step_y))
     for number, text in enumerate(lines):
@@ -73,20 +90,37 @@ def other_metrics(records):
 
 @contextlib.contextmanager
 def saved_figure(path, size, dpi=100):
-    """Yields a matplotlib Figure of a size in inches, then saves the picture at `path`. Texts are
-    drawn as they are: "$" starts no formula."""
-    import matplotlib  # here, as the import is slow
-    from matplotlib.figure import Figure  # without pyplot, which may open windows
-
-    with matplotlib.rc_context({"text.parse_math": False}):
-        figure = Figure(figsize=size, layout="constrained")
+    """Yields a matplotlib Figure of a size in inches, then saves the picture at `path`; an
+    InputError if the file can't be written. Texts are drawn as they are: "$" starts no formula."""
+    matplotlib = import_matplotlib()
+    as_text = {"text.parse_math": False, "text.usetex": False}
+    with matplotlib.rc_context(as_text), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a letter that no font has is drawn as a box
+        figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
         yield figure
-        write_atomically(path, lambda file: figure.savefig(file, dpi=dpi, format="png"))
+        try:
+            write_atomically(path, lambda file: figure.savefig(file, dpi=dpi, format="png"))
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def import_matplotlib():
+    """matplotlib with its Figure, but without pyplot, which may open windows. MPLBACKEND may name a
+    notebook's backend, which is not installed here: importing matplotlib would fail."""
+    backend = os.environ.pop("MPLBACKEND", None)
+    import matplotlib.figure  # here, as the import is slow
+
+    if backend is not None:  # for a notebook that calls this and draws later
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+    return matplotlib
 
 
 def draw_curves(runs, path, title=""):
     """Draws the metrics of runs, {name: records}, over gradient steps to a picture at `path`, one
     panel for each entry of CURVES that has values. Several runs: one colour per run."""
+    runs = {drawable(name): records for name, records in runs.items()}
     records = [record for some in runs.values() for record in some]
     panels = CURVES | {key: {key: key} for key in other_metrics(records)}
     recorded = {key for record in records for key, value in record.items() if value is not None}
@@ -97,7 +131,7 @@ def draw_curves(runs, path, title=""):
     several = len(runs) > 1
     size = max(5.5 * columns, 8), 3.5 * rows + several * 0.25 * len(runs)
     with saved_figure(path, size) as figure:
-        figure.suptitle("\n".join(textwrap.wrap(title, int(10 * size[0]))), fontsize=9)
+        figure.suptitle("\n".join(textwrap.wrap(drawable(title), int(10 * size[0]))), fontsize=9)
         for number, (name, keys) in enumerate(panels.items(), 1):
             axes = figure.add_subplot(rows, columns, number)
             axes.set_title(name, fontsize=10)
@@ -141,18 +175,19 @@ def draw_probe(path, result, history, confusion):
         left.grid(alpha=0.3)
         left.legend(fontsize=7, loc="lower right")
         draw_confusion(right, *confusion)
-        figure.suptitle(f"{result['model']}: top-1 {result['top1']:.2%}", fontsize=10)
+        figure.suptitle(f"{drawable(result['model'])}: top-1 {result['top1']:.2%}", fontsize=10)
 
 
 def draw_confusion(axes, rows, columns, shares):
     """Draws shares (rows, columns) of the images of classes `rows` by predicted class."""
     shares = np.asarray(shares)
+    rows, columns = ([drawable(name[:16]) for name in names] for names in (rows, columns))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for row, column in np.argwhere(shares >= 0.005):
         shade = "white" if shares[row, column] > 0.5 else "black"
         text = f"{shares[row, column] * 100:.0f}"
         axes.text(column, row, text, ha="center", va="center", fontsize=7, color=shade)
-    axes.set_xticks(range(len(columns)), [name[:16] for name in columns], rotation=60, fontsize=7)
-    axes.set_yticks(range(len(rows)), [name[:16] for name in rows], fontsize=7)
+    axes.set_xticks(range(len(columns)), columns, rotation=60, fontsize=7)
+    axes.set_yticks(range(len(rows)), rows, fontsize=7)
     axes.set(xlabel="predicted class", ylabel="class")
     axes.set_title(f"the {len(rows)} worst classes, % of their images", fontsize=10)

@@ -203,8 +203,9 @@ def explain(error):
     first = text.splitlines()[0]
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
         return (
-            f"out of memory ({first}); lower --code_bs or --sp (sampling), --mini_bs or raise "
-            "--accum (gradient steps), lower --eval_bs or --probe_bs_val (validation)"
+            f"out of memory ({first}); lower --code_bs or --sp (sampling; with --sampler surrogate "
+            "also --ns), --mini_bs or raise --accum (gradient steps), lower --eval_bs or "
+            "--probe_bs_val (validation)"
         )
     if "Connection closed by peer" in text or "Connection reset by peer" in text:
         return "another process of this run has ended"

@@ -29,7 +29,7 @@ from internals.checkpoints import (
     read_run_checkpoint,
     step_of,
 )
-from internals.plots import draw_curves
+from internals.plots import at_most_a_warning, draw_curves
 from Utils import InputError, from_first_process, naming, rank, say, write_atomically
 
 # -------------------------------------------------------------------------------------------------
@@ -294,9 +294,9 @@ class Run:
 
     def __exit__(self, *_):
         if self.main:
-            self.draw_curves()
             with contextlib.suppress(OSError):
                 self.write_waiting()
+            self.draw_curves()
             self.metrics.close()
             self.wandb.close()
             self.lock.close()
@@ -312,9 +312,10 @@ class Run:
             if isinstance(value, float) and not math.isfinite(value):
                 record[key] = None  # JSON has no infinities
             if isinstance(value, Image.Image):
-                record[key] = f"images/{key.split('/')[-1]}_{step:08d}.png"
-                value.save(file := io.BytesIO(), "png")
-                self.waiting_pictures[record[key]] = file.getvalue()
+                name, record[key] = f"images/{key.split('/')[-1]}_{step:08d}.png", None
+                with at_most_a_warning(name):
+                    value.save(file := io.BytesIO(), "png")
+                    self.waiting_pictures[name], record[key] = file.getvalue(), name
         self.waiting_lines += json.dumps(record).encode() + b"\n"
         try:
             self.write_waiting()
@@ -323,12 +324,17 @@ class Run:
         self.wandb.log(step, values)
 
     def write_waiting(self):
-        """Writes the waiting pictures, then the waiting lines, which name the pictures."""
-        for name, content in list(self.waiting_pictures.items()):
-            write_atomically(self.folder / name, content)
-            del self.waiting_pictures[name]
+        """Writes the waiting lines, an OSError if the disk refuses one; then the waiting pictures,
+        which go on waiting, with a warning, if the disk refuses one."""
         while self.waiting_lines:
             self.waiting_lines = self.waiting_lines[self.metrics.write(self.waiting_lines) :]
+        try:
+            for name, content in list(self.waiting_pictures.items()):
+                write_atomically(self.folder / name, content)
+                del self.waiting_pictures[name]
+        except OSError as error:
+            n = len(self.waiting_pictures)
+            say(f"warning: {self.folder / name}: {error.strerror}; {n} pictures are not written")
 
     def flush(self):
         """Makes sure that metrics.jsonl is on the disk. Returns the file's size in bytes."""
@@ -339,9 +345,9 @@ class Run:
     def draw_curves(self):
         """Draws curves.png anew from metrics.jsonl."""
         if self.main and self.curves:
-            with contextlib.suppress(OSError):  # the next validation draws the curves again
+            with at_most_a_warning(path := self.folder / "curves.png"):
                 runs = {self.folder.name: read_metrics(self.folder)}
-                draw_curves(runs, self.folder / "curves.png", title=self.folder.name)
+                draw_curves(runs, path, title=self.folder.name)
 
 
 class WandB:

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 
-from internals.checkpoints import read_checkpoint
+from internals.checkpoints import newest_checkpoint, read_checkpoint
+from internals.unwrap import named_tensors, split_key, unwrap
 from Models import PRESETS, ModelConfig, build, sincos_position_embedding
 from Utils import InputError, first_line, say
 
@@ -33,7 +34,8 @@ PUBLISHED = {  # by facebookresearch/mae, CC-BY-NC 4.0; addresses from its issue
 }
 SOURCES = (  # for --help
     "a file or folder, https://..., hf-hub:OWNER/NAME or gdrive:ID, with weights of this "
-    "repository, of facebookresearch/mae or of Hugging Face's ViTMAE"
+    "repository (a run's folder: its newest), of facebookresearch/mae or of Hugging Face's ViTMAE; "
+    "#NAME behind a file with several networks names one"
 )
 FOREIGN_SOURCES = (  # for --help: further sources, which internals/encoders.py loads
     "timm:NAME or torchvision:NAME, with =FILE behind NAME for your own weights; pixels; with "
@@ -47,13 +49,15 @@ SIZES = (  # the fields of ModelConfig that must be equal in weights and model
 
 
 def load_model(source, **overrides):
-    """An ImplicitMAE with weights from a path, https://..., hf-hub:OWNER/NAME or gdrive:ID.
+    """An ImplicitMAE with weights from a path, https://..., hf-hub:OWNER/NAME or gdrive:ID; #NAME
+    behind it names one of several networks in a file.
 
     `overrides` replace fields of the weights' ModelConfig; an InputError if the weights do not fit
     them. A missing decoder and missing injections get fresh weights, with a warning."""
+    source, key = split_key(source)
     path = fetch(source)
     try:
-        state, config_fields = read_state(path)
+        state, config_fields = read_state(path, key)
         weights_config = infer_config(state, config_fields, overrides)
         config = dataclasses.replace(weights_config, **overrides)
         model = build(config)
@@ -127,8 +131,9 @@ def download(source, path):
         else:
             torch.hub.download_url_to_file(source, partial, progress=progress)
         try:
-            read_state(partial)  # also fails where the end of the file is missing
-        except InputError:
+            if not any(named_tensors(read_content(partial)[1])):
+                raise InputError("no tensors")
+        except InputError:  # also where the end of the file is missing
             raise InputError("the downloaded file is incomplete or holds no weights") from None
         Path(partial).replace(path)
     finally:
@@ -170,28 +175,46 @@ def fetch_from_hub(source):
 # Reading: tensors and plain data only.
 
 
-def read_state(path):
-    """Reads a file of any kind, or a folder as Hugging Face saves it. Returns a state dict in the
-    layout of facebookresearch/mae or ours, and the fields of ModelConfig that its source gives."""
-    path = Path(path).expanduser()
-    if path.is_dir():
-        files = [path / name for name in HUB_FILES if (path / name).is_file()]
-        if not files:
-            raise InputError(f"the folder has none of these files: {', '.join(HUB_FILES)}")
-        path = files[0]
-    content = read_safetensors(path) if is_safetensors(path) else read_checkpoint(path, mmap=True)
-    state = content.get("model", content)
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in state.items()
-    ):
-        raise InputError(f"{path} holds no state dict (tensors by name)")
-    if "config" in content:
+def read_state(path, key=""):
+    """Reads what read_content does. Returns a state dict in the layout of facebookresearch/mae or
+    ours, and the fields of ModelConfig that its source gives. key: see unwrap."""
+    path, content = read_content(path)
+    refusal = "not the weights of a masked autoencoder or its encoder"
+    state, place = unwrap(content, PATCH_EMBEDDINGS, path=path, key=key, refusal=refusal)
+    state = without_classifier(state, path)
+    if place == "model" and "config" in content:
         if not isinstance(content["config"], dict):
             raise InputError(f"{path} is damaged: its config is no dict")
         return state, content["config"]
     if any(name.endswith("embeddings.cls_token") for name in state):
         return from_hugging_face(state), hugging_face_fields(path.with_name("config.json"))
     return state, {"norm_pix_loss": False} if "visualize" in path.name else {}
+
+
+def read_content(path):
+    """The path and the dict of a file of any kind, of a folder as Hugging Face saves it, or of the
+    newest checkpoint in a run's folder."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        files = [path / name for name in HUB_FILES if (path / name).is_file()]
+        if not files:
+            return newest_in_run(path)
+        path = files[0]
+    return path, (
+        read_safetensors(path) if is_safetensors(path) else read_checkpoint(path, mmap=True)
+    )
+
+
+def newest_in_run(folder):
+    """The path and the dict of the newest checkpoint in a run's folder, or in its checkpoints/."""
+    run = folder.parent if folder.name == "checkpoints" else folder
+    path, content = newest_checkpoint(run, mmap=True)
+    if path is None:
+        names = ", ".join(sorted(file.name for file in folder.iterdir())[:5]) or "nothing"
+        reason = f"it has neither {' nor '.join(HUB_FILES)} nor checkpoints of a run, but {names}"
+        raise InputError(f"{folder} is a folder without weights: {reason}")
+    say(f"note: {folder}: taken is its newest checkpoint, {path.name}")
+    return path, content
 
 
 def is_safetensors(path):
@@ -212,6 +235,27 @@ def read_safetensors(path):
 
 # -------------------------------------------------------------------------------------------------
 # Converting.
+
+PATCH_EMBEDDINGS = {  # the tensor by which weights are known, as MAE and Hugging Face name it
+    "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.projection.weight",
+    "vit.embeddings.patch_embeddings.projection.weight",
+}
+CLASSIFIER = re.compile(r"(vit\.)?(head|classifier|pooler)\.")  # of fine-tuning, linear probes
+
+
+def without_classifier(state, path):
+    """The state dict without a classifier. An encoder that was fine-tuned on the mean of its tokens
+    has fc_norm in place of the last norm: it becomes that norm."""
+    kept = {name: tensor for name, tensor in state.items() if not CLASSIFIER.match(name)}
+    if len(kept) < len(state):
+        left_out = ", ".join(sorted({name.rpartition(".")[0] for name in state.keys() - kept}))
+        say(f"note: {path}: its classifier is left out ({left_out:.100})")
+    if "fc_norm.weight" in kept and "norm.weight" not in kept:
+        say(f"note: {path}: its fc_norm, of the mean of tokens, is taken for the norm of each")
+        kept = {re.sub(r"^fc_norm\.", "norm.", name): tensor for name, tensor in kept.items()}
+    return kept
+
 
 # Names in ViTMAEForPreTraining and ViTMAEModel, in their files and since transformers 5 -> our
 # names. Queries, keys and values become one tensor afterwards.

@@ -8,7 +8,7 @@ from pathlib import Path
 import _path  # noqa: F401 (makes the modules importable)
 import numpy as np
 
-from internals.plots import saved_figure
+from internals.plots import drawable, saved_figure
 from internals.processes import run_command
 from internals.runs import read_config, read_metrics
 from IO import Parser
@@ -91,7 +91,7 @@ def draw(groups, names, path):
         lines = [axes[0, 0].plot([], [], color=f"C{n}")[0] for n in range(len(groups))]
         n_seeds = sorted({len(runs) for runs in groups.values()})
         caption = f"line: mean, band: range over {' to '.join(map(str, n_seeds))} seeds"
-        labels = [names.get(arm, arm) for arm in groups]
+        labels = [drawable(names.get(arm, arm)) for arm in groups]
         for style, label in PANELS["validation loss"].values():
             lines += axes[0, 0].plot([], [], style, color="black")
             labels.append(f"loss, {label}")

@@ -9,9 +9,10 @@ from pathlib import Path
 import _path  # noqa: F401 (makes the modules importable)
 
 from internals.plots import draw_curves, other_metrics
+from internals.processes import run_command
 from internals.runs import is_running, read_config, read_metrics
 from IO import Parser
-from Utils import duration
+from Utils import InputError, duration
 
 COLUMNS = {  # heading -> (key in metrics.jsonl, format); other metrics follow under their keys
     "steps": ("pretrain/step", "{:d}"),
@@ -57,12 +58,17 @@ def main(argv=None):
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="Run, or folder with runs.")
     parser.add_argument("--plot", metavar="FILE", help="Picture (.png) of the curves of all runs.")
     args = parser.parse_args(argv)
+    run_command(lambda: list_runs(args.folders, args.plot))
+
+
+def list_runs(folders, plot):
+    """Prints the table of the runs in folders, then draws their curves to the path `plot`."""
     runs = sorted(
-        {path.parent for folder in args.folders for path in Path(folder).rglob("metrics.jsonl")},
+        {path.parent for folder in folders for path in Path(folder).rglob("metrics.jsonl")},
         key=lambda run: (run / "metrics.jsonl").stat().st_mtime,
     )
     if not runs:
-        parser.error(f"no run in {' '.join(args.folders)}")
+        raise InputError(f"no run in {' '.join(folders)}")
     records = [read_metrics(run) for run in runs]
     others = other_metrics([record for some in records for record in some])
     columns = COLUMNS | {key: (key, "{:.4g}") for key in others}
@@ -71,9 +77,9 @@ def main(argv=None):
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, cells in zip(["run", *(run.name for run in runs)], rows, strict=True):
         print("  ".join(map(str.rjust, cells, widths)), "", name)
-    if args.plot:
-        draw_curves(dict(zip(short_names(runs), records, strict=True)), args.plot)
-        print(f"drawn: {args.plot}")
+    if plot:
+        draw_curves(dict(zip(short_names(runs), records, strict=True)), plot)
+        print(f"drawn: {plot}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ from torch.nn import functional as F
 import Data
 import Models
 from Augmentation import denormalize, normalize, transforms
-from internals.checkpoints import checkpoint_paths
-from internals.plots import picture_grid, saved_figure
+from internals.plots import drawable, picture_grid, saved_figure
 from internals.processes import run_command
 from internals.runs import read_config
 from internals.weights import load_model
@@ -194,11 +193,7 @@ def class_by_code(model, losses, labels, seed):
 
 def load_models(runs, seed, device):
     """{name: model} of the runs {arm: folder}, models with codes first, and an untrained model."""
-    models = {}
-    for arm, run in runs.items():
-        if not (paths := checkpoint_paths(run)):
-            raise InputError(f"{run}: no checkpoint there yet")
-        models[arm] = load_model(paths[0])
+    models = {arm: load_model(run) for arm, run in runs.items()}
     models = dict(sorted(models.items(), key=lambda item: item[1].code_dim == 0))
     config = next(iter(models.values())).config
     if not config.ip_spec:
@@ -283,7 +278,8 @@ def draw(results, names, path):
             for number, (name, seeds) in enumerate(results.items()):
                 if name == UNTRAINED:  # in the table only: its loss is far from all others
                     continue
-                values, label = np.array([seed[key] for seed in seeds]), names.get(name, name)
+                values = np.array([seed[key] for seed in seeds])
+                label = drawable(names.get(name, name))
                 if values.shape[1] == 1:  # one completion: the same for every k
                     values, label = np.repeat(values, len(ks), axis=1), f"{label}, its single one"
                 look = {"color": f"C{number}", "ls": "-" if len(seeds[0]["k"]) > 1 else "--"}
@@ -312,7 +308,7 @@ def table(results, names, n_codes):
 
 
 def start(args):
-    """Measures the runs of each seed, draws both pictures and prints the table."""
+    """Measures the runs of each seed, prints the table and draws both pictures."""
     names, runs_of = called(arms(args.folder), args.names)
     check_folder(args.out)
     seeds, results = sorted(set.intersection(*map(set, runs_of.values()))), {}
@@ -320,21 +316,22 @@ def start(args):
         raise InputError(f"{args.folder}: no seed of which there is a run of each arm")
     for seed in seeds:
         runs = {arm: folders[seed] for arm, folders in runs_of.items()}
-        measured, accuracy, (cells, n_images, classes) = measure_seed(runs, args.mae, args)
+        measured, accuracy, pictures = measure_seed(runs, args.mae, args)
         say(f"seed {seed}: the judge knows {accuracy:.1%} of the whole validation images")
         for name, values in measured.items():
             results.setdefault(name, []).append(values)
         if seed == seeds[0]:
-            headers = ["image", "masked", *["MAE"] * (args.mae in runs)]
-            headers += [name[:9] for name in classes[:COLUMNS]]
-            about = f"Of {args.codes} completions of an image, for each class that a judge sees "
-            about += f"with at least {args.plausible:.0%}, the one it is surest of; gray: none. "
-            about += f"The {ROWS} of {n_images} images with the most classes."
-            out = Path(args.out)
-            grid = picture_grid(cells, headers, about, cell_height=64)
-            grid.save(out.with_name(f"{out.stem}_classes.png"))
-    draw(results, names, Path(args.out))
+            cells, n_images, classes = pictures
     table(results, names, args.codes)
+    out = Path(args.out)
+    draw(results, names, out)
+    headers = ["image", "masked", *["MAE"] * (args.mae in runs_of)]
+    headers += [name[:9] for name in classes[:COLUMNS]]
+    about = f"Of {args.codes} completions of an image, for each class that a judge sees "
+    about += f"with at least {args.plausible:.0%}, the one it is surest of; gray: none. "
+    about += f"The {ROWS} of {n_images} images with the most classes."
+    grid = picture_grid(cells, headers, about, cell_height=64)
+    grid.save(out.with_name(f"{out.stem}_classes.png"))
 
 
 def main(argv=None):

@@ -12,7 +12,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import matplotlib.cbook
 import numpy as np
 import torch
 from pack import pack
@@ -24,6 +23,7 @@ from torchvision.transforms import v2 as T
 
 import Data
 from Augmentation import augment
+from internals.plots import import_matplotlib
 from internals.stores import check_decoder
 from IO import whole
 from Utils import InputError, naming
@@ -266,7 +266,9 @@ def load_ours(loader, chosen):
 
 def make_photos(folder):
     """A folder of 256 parts of a photograph, as JPEGs 500 pixels wide."""
-    photo = Image.open(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+    photo = Image.open(
+        import_matplotlib().cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    )
     generator = random.Random(0)
     for i in range(256):
         width = generator.randint(300, photo.width)

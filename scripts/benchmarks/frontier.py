@@ -3,8 +3,8 @@
 from functools import partial
 
 import torch
-from matplotlib.figure import Figure
 
+from internals.plots import at_most_a_warning, saved_figure
 from IO import whole
 from Utils import fastest_dtype
 
@@ -61,26 +61,29 @@ def measure(args):
     ]
     title = f"Regret of trying fewer than {args.ns} codes; time: {args.arch}, {name_of(dtype)}"
     yield Table(title, COLUMNS, rows, [f"regret: on {args.checkpoint}", f"drawn in {args.out}"])
-    draw(rows, args)
+    with at_most_a_warning(args.out):  # the rows go to --json afterwards
+        draw(rows, args)
 
 
 def draw(rows, args):
     """Draws regret over time, one line for each sampler."""
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, marker in (("fewer codes", "o"), ("surrogate", "s")):
-        mine = sorted((row for row in rows if row["name"] == name), key=lambda row: row["tries"])
-        points = [(row["share_of_time"], max(row["regret"], 1e-5)) for row in mine]
-        axes.plot(*zip(*points, strict=True), marker=marker, label=name)
-        for row, point in zip(mine, points, strict=True):
-            axes.annotate(row["tries"], point, (4, 4), textcoords="offset points", fontsize=7)
-    axes.set(xscale="log", yscale="log", ylabel="regret")
-    axes.set_xlabel(f"time, as a share of that for all {args.ns} codes ({args.arch})")
-    axes.set_title("Codes tried per image, and how much worse the chosen one is", fontsize=10)
-    axes.set_xticks([0.02, 0.05, 0.1, 0.2, 0.5, 1])
-    axes.xaxis.set_minor_formatter(lambda *_: "")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.savefig(args.out, dpi=120)
+    with saved_figure(args.out, (6.4, 4), dpi=120) as figure:
+        axes = figure.subplots()
+        for name, marker in (("fewer codes", "o"), ("surrogate", "s")):
+            mine = sorted(
+                (row for row in rows if row["name"] == name), key=lambda row: row["tries"]
+            )
+            points = [(row["share_of_time"], max(row["regret"], 1e-5)) for row in mine]
+            axes.plot(*zip(*points, strict=True), marker=marker, label=name)
+            for row, point in zip(mine, points, strict=True):
+                axes.annotate(row["tries"], point, (4, 4), textcoords="offset points", fontsize=7)
+        axes.set(xscale="log", yscale="log", ylabel="regret")
+        axes.set_xlabel(f"time, as a share of that for all {args.ns} codes ({args.arch})")
+        axes.set_title("Codes tried per image, and how much worse the chosen one is", fontsize=10)
+        axes.set_xticks([0.02, 0.05, 0.1, 0.2, 0.5, 1])
+        axes.xaxis.set_minor_formatter(lambda *_: "")
+        axes.yaxis.set_minor_formatter(lambda *_: "")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
