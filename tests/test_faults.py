@@ -766,7 +766,7 @@ def test_features_that_are_not_finite__a_probe_is_refused_and_a_run_goes_on_with
 # Pictures.
 
 
-def test_a_notebook_s_MPLBACKEND_that_is_not_installed__pictures_are_drawn_all_the_same(
+def test_MPLBACKEND_of_a_notebook_that_is_not_installed__pictures_are_drawn_all_the_same(
     tiny_run, tmp_path
 ):
     notebook = {"MPLBACKEND": "module://no_such.backend"}
@@ -785,7 +785,7 @@ plots.picture_grid = plots.import_matplotlib = Validation.completions = broken
 """
 
 
-def test_pictures_that_can_t_be_drawn__cost_warnings_and_no_result(tiny_run, tmp_path):
+def test_pictures_that_fail_to_be_drawn__cost_warnings_and_no_result(tiny_run, tmp_path):
     done = faulty(BROKEN_PEN, *RUN, "--save_folder", tmp_path, check=True)
     assert "warning: the picture pretrain_train was not drawn (no pen)" in done.stdout
     assert "curves.png was not drawn (no pen)" in done.stdout
@@ -894,7 +894,7 @@ def test_weights_of_several_networks__are_listed_with_how_to_choose(tmp_path):
         IO.load_model(path)
 
 
-def test_a_run_s_folder_where_weights_are_read__is_taken_for_its_newest_checkpoint(
+def test_the_folder_of_a_run_given_as_weights__is_taken_for_its_newest_checkpoint(
     tiny_run, tmp_path, monkeypatch, capsys
 ):
     for folder in (tiny_run, tiny_run / "checkpoints"):
