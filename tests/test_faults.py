@@ -769,7 +769,7 @@ def test_features_that_are_not_finite__a_probe_is_refused_and_a_run_goes_on_with
 def test_MPLBACKEND_of_a_notebook_that_is_not_installed__pictures_are_drawn_all_the_same(
     tiny_run, tmp_path
 ):
-    notebook = {"MPLBACKEND": "module://no_such.backend"}
+    notebook = {"MPLBACKEND": "not_installed"}
     done = command(*RUN, "--save_folder", tmp_path, **notebook)
     assert "warning" not in done.stdout and (run_folder(tmp_path) / "curves.png").exists()
     picture = tmp_path / "runs.png"
