@@ -44,7 +44,8 @@ def read_checkpoint(path, mmap=False):
             raise InputError(f"{path} is damaged: its part {bad} has a wrong checksum")
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols
-            mmap = mmap and is_zip
+            # torch maps no file whose name is no UTF-8.
+            mmap = mmap and is_zip and os.fsencode(path) == str(path).encode(errors="replace")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         reason = "it holds more than tensors and plain data, or is no checkpoint"

@@ -13,9 +13,8 @@ from Utils import InputError, say
 WRAPPERS = re.compile(
     r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-AVERAGE = re.compile(
-    r"(?<![a-z])ema(?![a-z])", re.I
-)  # names of a moving average of a network's weights
+# In names of a moving average of a network's weights: model_ema, state_dict_ema, EMA.
+AVERAGE = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 
 
 def split_key(source):

@@ -1,11 +1,13 @@
 """What may go wrong with a run, injected into the real command, and what becomes of it. Names are
 test_FAULT__OUTCOME; scripts/fault_table.py makes docs/faults.md of them."""
 
+import argparse
 import contextlib
 import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +29,7 @@ from conftest import (
     run_folder,
     step_options,
 )
+from PIL import Image
 
 import Data
 import IO
@@ -712,6 +715,198 @@ def test_a_loader_worker_that_hangs__an_error_names_its_images_and_nothing_waits
     assert time.monotonic() - begin < 60
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: --loader_timeout 2: ") and ".png" in done.stderr
+
+
+def test_a_surrogate_that_does_not_fit_into_memory__is_refused_with_what_to_lower(tmp_path):
+    flags = [*RUN, "--sampler", "surrogate", "--save_folder", tmp_path]
+    for sizes, advice in (
+        ([10**6, "--code_bs", 16], "lower --ns"),
+        ([10**5, "--code_bs", 400], "use --code_bs"),
+    ):
+        memory = "TrainIMLE.total_memory = lambda device: 100 * 2**30"
+        done = faulty(memory, *flags, "--ex_per_epoch", 400, "--ipe", 40, "--ns", *sizes)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert f"--ns {sizes[0]}" in done.stderr and f"--code_bs {sizes[2]}" in done.stderr
+        assert advice in done.stderr and not (tmp_path / "models").exists()
+
+
+PROBE = ["LinearProbe.py", "--model", "demo/imle_mnist.pt", "--gpus", "cpu", "--num_workers", "0"]
+
+
+def probe_of(model, *flags, data, check=True):
+    """LinearProbe.py, run on training and validation images."""
+    arguments = [*PROBE[3:], "--model", model, "--data_tr", data[0], "--data_val", data[1], *flags]
+    return command(*arguments, program=(sys.executable, PROBE[0]), check=check)
+
+
+def test_features_that_are_not_finite__a_probe_is_refused_and_a_run_goes_on_without_the_number(
+    tiny_run, tmp_path
+):
+    content = torch.load(ROOT / "demo/imle_mnist.pt", weights_only=True)
+    for value in (float("nan"), 1e30):  # 1e30: features are finite, their variances are not
+        content["model"]["norm.weight"][3] = value
+        torch.save(content, tmp_path / "model.pt")
+        flags = ["--fast", 1, "--val_n_shot", 2, "--save_folder", tmp_path]
+        done = probe_of(tmp_path / "model.pt", *flags, data=TINY[1:4:2], check=False)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+        assert "the features of training images are not finite" in done.stderr
+        assert not (tmp_path / "probes/results.csv").exists()
+    fault = "from internals import encoders\nwhole = encoders.image_features\n"
+    fault += "encoders.image_features = lambda *args: whole(*args) * float('inf')"
+    done = faulty(fault, *RUN, "--save_folder", tmp_path, check=True)
+    assert done.stdout.count("warning: no probe after 4 gradient steps: the features of") == 1
+    expected = [
+        {k: v for k, v in record.items() if not k.startswith("fast_linear_probe")}
+        for record in metrics(tiny_run)
+    ]
+    assert metrics(run_folder(tmp_path)) == expected
+
+
+# -------------------------------------------------------------------------------------------------
+# Pictures.
+
+
+def test_MPLBACKEND_of_a_notebook_that_is_not_installed__pictures_are_drawn_all_the_same(
+    tiny_run, tmp_path
+):
+    notebook = {"MPLBACKEND": "not_installed"}
+    done = command(*RUN, "--save_folder", tmp_path, **notebook)
+    assert "warning" not in done.stdout and (run_folder(tmp_path) / "curves.png").exists()
+    picture = tmp_path / "runs.png"
+    command(tmp_path, "--plot", picture, program=(sys.executable, "scripts/runs.py"), **notebook)
+    assert picture.exists()
+
+
+BROKEN_PEN = """
+import LinearProbe, Validation
+from internals import plots
+def broken(*_, **__): raise TypeError("no pen")
+plots.picture_grid = plots.import_matplotlib = Validation.completions = broken
+"""
+
+
+def test_pictures_that_fail_to_be_drawn__cost_warnings_and_no_result(tiny_run, tmp_path):
+    done = faulty(BROKEN_PEN, *RUN, "--save_folder", tmp_path, check=True)
+    assert "warning: the picture pretrain_train was not drawn (no pen)" in done.stdout
+    assert "curves.png was not drawn (no pen)" in done.stdout
+    pictures = {key for record in metrics(tiny_run) for key in record if "images/" in key}
+    without = [
+        {**record, **dict.fromkeys(pictures & record.keys())} for record in metrics(tiny_run)
+    ]
+    assert metrics(run_folder(tmp_path)) == without and len(pictures) == 4
+    code = f"import sys; sys.path.insert(0, '.'){BROKEN_PEN}LinearProbe.main(sys.argv[1:])"
+    flags = [*PROBE[1:], *TINY[:4], "--train_n_shot", 4, "--epochs", 1, "--save_folder", tmp_path]
+    done = command(*flags, program=(sys.executable, "-c", code))
+    assert "probe.png was not drawn (no pen)" in done.stdout
+    result = json.loads(done.stdout.splitlines()[-1])
+    (file,) = tmp_path.glob("probes/*/result.json")
+    assert json.loads(file.read_text())["top1"] == result["top1"]
+    assert f",{result['top1']}," in (tmp_path / "probes/results.csv").read_text()
+
+
+def test_a_folder_of_pictures_that_is_gone__costs_warnings_and_no_result(tiny_run, tmp_path):
+    fault = f"{NTH_CALL}\nimport glob, shutil\n"
+    fault += f"def gone(): shutil.rmtree(glob.glob('{tmp_path}/models/*/images')[0])\n"
+    fault += "nth_call(TrainIMLE, 'train_step', 3, gone)"
+    done = faulty(fault, *RUN, "--save_folder", tmp_path, check=True)
+    assert "No such file or directory; 2 pictures are not written" in done.stdout
+    assert metrics(run_folder(tmp_path)) == metrics(tiny_run)
+    assert final_state(run_folder(tmp_path))["progress"]["step"] == 8
+
+
+def test_class_names_that_are_no_UTF_8_or_hold_dollar_signs__are_drawn_as_text(tmp_path):
+    for split in (b"tr", b"val"):
+        for name in (b"caf\xe9", b"$x_", b"$\\frac{1}$"):
+            folder = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), split, name)))
+            folder.mkdir(parents=True)
+            for number in range(3):
+                Image.new("RGB", (28, 28), (80 * number,) * 3).save(folder / f"{number}.png")
+    flags = ["--epochs", 2, "--batch_size", 4, "--lrs", 1, "--save_folder", tmp_path]
+    data = tmp_path / "tr", tmp_path / "val"
+    done = probe_of("demo/imle_mnist.pt", *flags, data=data)
+    assert "warning" not in done.stdout and not done.stderr
+    assert list(tmp_path.glob("probes/*/probe.png")) and list(tmp_path.glob("probes/*/result.json"))
+
+
+# -------------------------------------------------------------------------------------------------
+# Weights of other programs.
+
+STATE = torch.load(ROOT / "tests/golden/mae_tiny.pth", weights_only=True)["model"]
+ENCODER = {n: x for n, x in STATE.items() if not n.startswith("decoder") and n != "mask_token"}
+HEAD = {"head.weight": torch.zeros(5, 48), "head.bias": torch.zeros(5)}
+
+
+def under(prefix, state=ENCODER):
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+FINE_TUNED = {re.sub("^norm", "fc_norm", name): tensor for name, tensor in ENCODER.items()} | HEAD
+PROBED = {"head.0.running_mean": torch.zeros(48), "head.1.weight": torch.zeros(5, 48)} | ENCODER
+DINO = {"student": under("module.backbone."), "teacher": under("backbone.")}
+
+
+@pytest.mark.parametrize(
+    "content, notes",
+    [
+        ({"state_dict": ENCODER | HEAD, "args": argparse.Namespace(lr=1)}, ["state_dict", "head"]),
+        ({"state_dict": ENCODER, "state_dict_ema": ENCODER}, ["'state_dict'", "#state_dict_ema"]),
+        ({"state_dict": under("model.", STATE) | {"loss.x": torch.zeros(2)}}, ["state_dict.model"]),
+        ({"state_dict": under("backbone.") | HEAD}, ["'state_dict.backbone'"]),
+        ({"model": under("module._orig_mod.", STATE)}, ["_orig_mod and module left out"]),
+        ({n.replace("s.1.", "s.1._orig_mod."): x for n, x in STATE.items()}, ["_orig_mod left"]),
+        ({"model": under("encoder.")}, ["'model.encoder'"]),
+        ({"model": STATE, "model_ema": STATE}, ["#model_ema"]),
+        ({"model_ema": under("module.", STATE)}, ["'model_ema'"]),
+        ({"teacher": under("backbone.")}, ["'teacher.backbone'"]),
+        ({"model": FINE_TUNED, "optimizer": {"state": {0: {}}}}, ["(head)", "fc_norm"]),
+        ({"model": PROBED}, ["(head.0, head.1)"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_weights_as_other_programs_wrap_them__are_unwrapped_with_a_note(
+    tmp_path, capsys, content, notes
+):
+    torch.save(content, tmp_path / "weights.pth")
+    model = IO.load_model(tmp_path / "weights.pth", num_heads=4, decoder_num_heads=4)
+    assert all(torch.equal(model.state_dict()[name], x) for name, x in ENCODER.items())
+    said = capsys.readouterr().out
+    assert "note: " in said and all(note in said for note in notes), said
+
+
+def test_weights_of_several_networks__are_listed_with_how_to_choose(tmp_path):
+    torch.save({**DINO, "epoch": 3}, path := tmp_path / "dino.pth")
+    flags = ["--fast", 1, "--val_n_shot", 2, "--save_folder", tmp_path]
+    done = probe_of(path, *flags, data=TINY[1:4:2], check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "#student.backbone or #teacher.backbone" in done.stderr
+    heads = {"num_heads": 4, "decoder_num_heads": 4}
+    other = {**DINO, "teacher": {n: x + 1 for n, x in DINO["teacher"].items()}}
+    torch.save(other, path)
+    model = IO.load_model(f"{path}#teacher", **heads)
+    assert torch.equal(model.cls_token, ENCODER["cls_token"] + 1)
+    with pytest.raises(Utils.InputError, match="no network 'ema'; .*#student.backbone"):
+        IO.load_model(f"{path}#ema", **heads)
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(3)}, "epoch": 3}, path)
+    with pytest.raises(Utils.InputError, match="not the weights .*state_dict.conv1.weight"):
+        IO.load_model(path)
+    torch.save({"model": STATE, "folder": tmp_path}, path)
+    with pytest.raises(Utils.InputError, match="holds pathlib.*save its state dict alone"):
+        IO.load_model(path)
+
+
+def test_the_folder_of_a_run_given_as_weights__is_taken_for_its_newest_checkpoint(
+    tiny_run, tmp_path, monkeypatch, capsys
+):
+    for folder in (tiny_run, tiny_run / "checkpoints"):
+        model = IO.load_model(folder)
+        assert f"newest checkpoint, {final_path(tiny_run).name}" in capsys.readouterr().out
+        for name, tensor in final_state(tiny_run)["model"].items():
+            assert torch.equal(model.state_dict()[name], tensor)
+    out = tmp_path / "small.pt"
+    command(tiny_run, out, program=(sys.executable, "scripts/slim_checkpoint.py"))
+    assert IO.load_model(out).config == model.config
+    with pytest.raises(Utils.InputError, match="folder without weights: .* but small.pt"):
+        IO.load_model(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------
