@@ -311,6 +311,8 @@ def use_flags_of_resumed_run(parser, argv):
         return
     with parser.errors(), naming("--resume"):
         known = read_run_checkpoint(path)["args"]
+    flags = {action.dest for action in parser._actions}  # `runs` refuses a run with other flags
+    known = {name: value for name, value in known.items() if name in flags}
     parser.set_defaults(**{**known, "force_resume": 0})
     for action in parser._actions:
         action.required = action.required and action.dest not in known
@@ -332,7 +334,7 @@ def resolve_flags(args):
     if args.ignore_z:
         flags.ip_spec = []
     flags.lr_z = args.lr if args.lr_z == -1 else args.lr_z
-    flags.uid = args.uid or os.environ.get("SLURM_JOB_ID") or secrets.token_hex(4)
+    flags.uid = args.uid or launcher_uid() or secrets.token_hex(4)
     resolve_shared_flags(flags)
     check_patches(flags, math.prod(check_model(flags).grid))
     check_codes(flags)
@@ -346,6 +348,22 @@ def resolve_flags(args):
     if args.epochs and args.headstart_z + args.n_ramp > args.epochs:
         say(f"note: the last of --epochs {args.epochs} ends before --headstart_z and --n_ramp do")
     return flags
+
+
+def launcher_uid():
+    """The uid of a run without --uid: the id of the SLURM job, or else that of torchrun; None
+    without these. An InputError if torchrun has restarted the run and gives no id to find it by."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        return job
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if run_id != "none":  # torchrun's default
+        return re.sub(r"[^\w.+-]", "_", run_id, flags=re.ASCII)[:64]
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        raise InputError(
+            "torchrun has restarted this run, which can't go on without --uid: give a --uid "
+            "(that of the stopped run ends the name of its folder), or torchrun --rdzv_id"
+        )
+    return None
 
 
 def refuse(flags, name, reason):
@@ -489,6 +507,8 @@ def probe_parser():
         help="Memory for features in GB; with --use_augs 0, features that fit are computed once.")
     add("--save_minutes", type=real(0), default=10.0, metavar="MINUTES", changeable=True,
         help="Minutes between saves of the probe's checkpoint.")
+    add("--force_resume", **SWITCH, default=0, changeable=True,
+        help="1: go on with a probe that was stopped although its images have changed; 0: refuse.")
     add("--save_folder", default=".", metavar="DIR", changeable=True,
         help="A probe is saved in DIR/probes/NAME, and as a row of DIR/probes/results.csv.")
     probe_flags(
@@ -502,7 +522,9 @@ def probe_parser():
 
 # fmt: on
 ONLY_FAST = "val_n_way val_n_shot probe_lr probe_epochs probe_bs probe_augs_per_image".split()
-ONLY_FULL = "lrs wds pools hold_out epochs warmup_epochs batch_size keep_gb save_minutes".split()
+ONLY_FULL = (
+    "lrs wds pools hold_out epochs warmup_epochs batch_size keep_gb save_minutes force_resume"
+).split()
 
 
 def parse_probe_flags(argv=None):

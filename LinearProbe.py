@@ -228,13 +228,14 @@ def run_full_probe(flags, model, images_tr, images_val, device, stop):
     )
     changeable = IO.changeable_flags(IO.probe_parser())
     settings = {name: value for name, value in vars(flags).items() if name not in changeable}
-    sizes = [(len(images), list(images.classes)) for images in (images_tr, images_val)]
+    for name in ("data_tr", "data_val"):  # a probe goes on by another path to the same place
+        settings[name] = str(Path(settings[name]).expanduser().resolve())
     folder = probe_folder(
-        flags.save_folder, flags.model, flags.data_tr, model=model, settings=[settings, sizes],
+        flags.save_folder, flags.model, settings["data_tr"], model=model, settings=settings,
     )
     return full_probe(
         encoder, images_tr, images_val, plan, folder, name=flags.model, keep_gb=flags.keep_gb,
-        save_minutes=flags.save_minutes, flags=vars(flags),
+        save_minutes=flags.save_minutes, flags=vars(flags), force=bool(flags.force_resume),
     )
 
 
