@@ -4,6 +4,11 @@ head on the features, and of nearest neighbours among them.
 This file holds the fast probe, which training uses, and the command that runs the fast or the full
 probe; `internals/full_probe.py` holds the full probe."""
 
+if __name__ == "__main__":
+    from internals.startup import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import csv
 import json
 import sys
@@ -248,10 +253,11 @@ COLUMNS = (  # of results.csv
 
 def append_row(path, values):
     """Appends a row to a CSV file. values: column name -> value. An existing file keeps its own
-    columns; a new file gets COLUMNS."""
+    columns; a new file gets COLUMNS. Names that are no UTF-8 are written with escapes."""
+    text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")), open(path, "a+", newline="") as file:
+        with FileLock(path.with_name(f".{path.name}.lock")), open(path, "a+", **text) as file:
             file.seek(0)
             columns = next(csv.reader(file), None)
             writer = csv.DictWriter(file, columns or COLUMNS, extrasaction="ignore")

@@ -5,6 +5,11 @@ In each epoch, `choose_codes` tries many codes for every image and chooses the c
 is nearest to the image; gradient steps then use the chosen codes. Read `train` first, then
 `choose_codes`. Letters in shapes: those of Models.py and Samplers.py."""
 
+if __name__ == "__main__":
+    from internals.startup import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import dataclasses
 import math
 import sys

@@ -34,7 +34,8 @@ def read_checkpoint(path, mmap=False):
             raise InputError(f"{path} is damaged: its part {bad} has a wrong checksum")
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols
-            mmap = mmap and is_zip
+            is_utf8 = str(path) == str(path).encode(errors="replace").decode()
+            mmap = mmap and is_zip and is_utf8  # torch can't map a file with another name
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         reason = "it holds more than tensors and plain data, or is no checkpoint"

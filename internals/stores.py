@@ -399,7 +399,8 @@ open_lmdb = functools.cache(OpenLmdb)  # a process may open a file once only
 def open_environment(path, identity):
     """An lmdb.Environment. An InputError where the file is no LMDB, is cut or was replaced."""
     try:
-        environment = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False)
+        name = os.fsencode(path)  # lmdb refuses text that is no UTF-8
+        environment = lmdb.open(name, subdir=False, readonly=True, lock=False, readahead=False)
         size = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     except lmdb.Error as error:
         raise InputError(f"{path} is no LMDB that can be read: {error}") from None
