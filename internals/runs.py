@@ -86,7 +86,8 @@ def find_run(script, flags, changeable, architecture, data):
     if old.get("uid", flags.uid) != flags.uid or (not old and holds_files(folder)):
         reason = f"{folder} is in the way, and is no run of this --uid"
         raise InputError(f"--save_folder: {reason}; choose another --save_folder or --uid")
-    if flags.resume:
+    # A run that torchrun has restarted has newer checkpoints than the one that --resume names.
+    if flags.resume and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         check_resume(flags.resume, start)
     if not old:
         return start
