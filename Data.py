@@ -20,6 +20,7 @@ from Utils import (
     InputError,
     RunError,
     Stream,
+    from_first_process,
     mix_seeds,
     naming,
     permutation,
@@ -88,6 +89,10 @@ class Subset(Dataset):
 
     def load(self, index):
         return self.images.load(self.indices[index])
+
+    def fingerprint(self):
+        """The fingerprint of the whole data set, not of the subset."""
+        return self.images.fingerprint()
 
     def name(self, index):
         return self.images.name(self.indices[index])
@@ -161,6 +166,16 @@ def open_pair(
         if same_classes:
             images_val = with_classes(images_val, images_tr.classes)
     return images_tr, images_val
+
+
+def fingerprints(images_tr, images_val):
+    """What a checkpoint holds of the images: flag -> Images.fingerprint(). An InputError if this
+    process reads other images than the first process."""
+    data = {"data_tr": images_tr.fingerprint(), "data_val": images_val.fingerprint()}
+    for flag, fingerprint in from_first_process(data).items():
+        if fingerprint != data[flag]:
+            raise InputError(f"--{flag}: not all processes read the same images")
+    return data
 
 
 # -------------------------------------------------------------------------------------------------

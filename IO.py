@@ -316,10 +316,12 @@ def use_flags_of_run(parser, argv):
         if early.resume:
             with naming("--resume"):
                 known = current_flags(read_run_checkpoint(early.resume)["args"])
+            flags = {action.dest for action in parser._actions}
+            known = {k: v for k, v in known.items() if k in flags}  # `runs` refuses other flags
             known["force_resume"] = 0
         else:
             folder = folder_of(
-                early.uid or os.environ.get("SLURM_JOB_ID"),
+                early.uid or launcher_uid(),
                 early.save_folder or parser.get_default("save_folder"),
             )
             known = current_flags(read_config(folder)) if folder else {}
@@ -347,7 +349,7 @@ def resolve_flags(args):
     if args.tries == -1 and flags.sampler == "surrogate":
         flags.tries = max(1, args.ns // 5)
     flags.lr_z = args.lr if args.lr_z == -1 else args.lr_z
-    flags.uid = args.uid or os.environ.get("SLURM_JOB_ID") or secrets.token_hex(4)
+    flags.uid = args.uid or launcher_uid() or secrets.token_hex(4)
     resolve_shared_flags(flags)
     check_patches(flags, math.prod(check_model(flags).grid))
     check_codes(flags)
@@ -368,6 +370,22 @@ def choose_sampler(flags):
     methods = [INJECTIONS.get(method) for method in flags.ip_spec[1::2]]
     can_learn = methods and all(method and method.surrogate_can_learn for method in methods)
     return "surrogate" if can_learn and flags.ns >= SURROGATE_NS else "exhaustive"
+
+
+def launcher_uid():
+    """The uid of a run without --uid: the id of the SLURM job, or else that of torchrun; None
+    without these. An InputError if torchrun has restarted the run and gives no id to find it by."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        return job
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if run_id != "none":  # torchrun's default
+        return re.sub(r"[^\w.+-]", "_", run_id, flags=re.ASCII)[:64]
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        raise InputError(
+            "torchrun has restarted this run, which can't go on without --uid: give a --uid "
+            "(that of the stopped run ends the name of its folder), or torchrun --rdzv_id"
+        )
+    return None
 
 
 def refuse(flags, name, reason):
@@ -511,6 +529,8 @@ def probe_parser():
         help="Memory for features in GB; with --use_augs 0, features that fit are computed once.")
     add("--save_minutes", type=real(0), default=10.0, metavar="MINUTES", changeable=True,
         help="Minutes between saves of the probe's checkpoint.")
+    add("--force_resume", **SWITCH, default=0, changeable=True,
+        help="1: go on with a probe that was stopped although its images have changed; 0: refuse.")
     add("--save_folder", default=".", metavar="DIR", changeable=True,
         help="A probe is saved in DIR/probes/NAME, and as a row of DIR/probes/results.csv.")
     probe_flags(
@@ -524,7 +544,9 @@ def probe_parser():
 
 # fmt: on
 ONLY_FAST = "val_n_way val_n_shot probe_lr probe_epochs probe_bs probe_augs_per_image".split()
-ONLY_FULL = "lrs wds pools hold_out epochs warmup_epochs batch_size keep_gb save_minutes".split()
+ONLY_FULL = (
+    "lrs wds pools hold_out epochs warmup_epochs batch_size keep_gb save_minutes force_resume"
+).split()
 
 
 def parse_probe_flags(argv=None):

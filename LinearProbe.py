@@ -4,6 +4,11 @@ head on the features, and of nearest neighbours among them.
 This file holds the fast probe, which training uses, and the command that runs the fast or the full
 probe; `internals/full_probe.py` holds the full probe."""
 
+if __name__ == "__main__":
+    from internals.startup import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import csv
 import json
 import sys
@@ -231,13 +236,14 @@ def run_full_probe(flags, model, images_tr, images_val, device, stop):
     )
     changeable = IO.changeable_flags(IO.probe_parser())
     settings = {name: value for name, value in vars(flags).items() if name not in changeable}
-    sizes = [(len(images), list(images.classes)) for images in (images_tr, images_val)]
+    for name in ("data_tr", "data_val"):  # a probe goes on by another path to the same place
+        settings[name] = str(Path(settings[name]).expanduser().resolve())
     folder = probe_folder(
-        flags.save_folder, flags.model, flags.data_tr, model=model, settings=[settings, sizes],
+        flags.save_folder, flags.model, settings["data_tr"], model=model, settings=settings,
     )
     return full_probe(
         encoder, images_tr, images_val, plan, folder, name=flags.model, keep_gb=flags.keep_gb,
-        save_minutes=flags.save_minutes, flags=vars(flags),
+        save_minutes=flags.save_minutes, flags=vars(flags), force=bool(flags.force_resume),
     )
 
 
@@ -250,10 +256,11 @@ COLUMNS = (  # of results.csv
 
 def append_row(path, values):
     """Appends a row to a CSV file. values: column name -> value. An existing file keeps its own
-    columns; a new file gets COLUMNS."""
+    columns; a new file gets COLUMNS. Names that are no UTF-8 are written with escapes."""
+    text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")), open(path, "a+", newline="") as file:
+        with FileLock(path.with_name(f".{path.name}.lock")), open(path, "a+", **text) as file:
             file.seek(0)
             columns = next(csv.reader(file), None)
             writer = csv.DictWriter(file, columns or COLUMNS, extrasaction="ignore")

@@ -5,6 +5,11 @@ In each epoch, `choose_codes` tries many codes for every image and chooses the c
 is nearest to the image; gradient steps then use the chosen codes. Read `train` first, then
 `choose_codes`. Letters in shapes: those of Models.py and Samplers.py."""
 
+if __name__ == "__main__":
+    from internals.startup import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import dataclasses
 import math
 import sys
@@ -21,7 +26,7 @@ import LinearProbe
 import Samplers
 from Augmentation import normalize, transforms
 from internals import runs
-from internals.checkpoints import Checkpoints, Keeper, Progress
+from internals.checkpoints import Checkpoints, Keeper, Progress, refuse_unknown
 from internals.processes import StopSignal, adopt_slurm_step, launch, run_command
 from internals.runs import locate_run
 from internals.weights import PUBLISHED
@@ -354,6 +359,7 @@ def make_model(flags, checkpoint):
     """The model that the flags ask for, with pretrained or fresh weights. With a checkpoint: a
     model of the checkpoint's config, with fresh weights."""
     if checkpoint is not None:  # `go_on` restores the weights
+        refuse_unknown(checkpoint["config"], vars(ModelConfig()), "the model of that run")
         return build(ModelConfig(**checkpoint["config"]))
     fields = IO.model_fields(flags)
     if not flags.finetune:
@@ -444,9 +450,11 @@ def run(flags, images_tr, images_val):
     """One process of a run: puts its parts together and trains."""
     device = join_processes(flags.gpus)
     flags = from_first_process(flags)  # under torchrun, each process has drawn another uid
+    data = Data.fingerprints(images_tr, images_val)
     run_start = locate_run(
         "TrainIMLE",
         flags,
+        data=data,
         changeable=IO.changeable_flags(IO.training_parser()),
         architecture=IO.architecture_flags(),
     )
@@ -478,6 +486,7 @@ def run(flags, images_tr, images_val):
         progress=progress,
         config=dataclasses.asdict(model.config),
         args=vars(flags),
+        data=data,
     )
     if run_start.checkpoint:
         go_on(run_start, checkpoints, optimizer, progress)
@@ -501,7 +510,8 @@ def run(flags, images_tr, images_val):
 
 def go_on(run_start, checkpoints, optimizer, progress):
     """Restores the parts of a run from its checkpoint. The optimizer's weight_decay and betas stay
-    those of the flags; codes that were chosen under other flags are dropped."""
+    those of the flags; codes that were chosen under other flags, or for other images, are
+    dropped."""
     options = [
         {name: group[name] for name in ("weight_decay", "betas")}
         for group in optimizer.param_groups

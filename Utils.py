@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, as a signed 64-bit number
@@ -192,7 +193,10 @@ def join_processes(devices):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # `launch` sets INIT_METHOD; without it, the processes meet at MASTER_ADDR:MASTER_PORT.
-        dist.init_process_group(backend, os.environ.get("INIT_METHOD"))
+        store, number, size = next(rendezvous(os.environ.get("INIT_METHOD", "env://")))
+        # After a restart, torchrun's store still has the addresses of processes that have ended.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size)
     return device
 
 

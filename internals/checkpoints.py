@@ -69,7 +69,18 @@ def read_checkpoint(path, mmap=False):
     return content
 
 
+def refuse_unknown(names, known, owner):
+    """Refuses a checkpoint with names that are not among the `known` ones. owner: what has them."""
+    if unknown := sorted(map(str, set(names) - set(known))):
+        more = f" ({len(unknown)} such)" if len(unknown) > 1 else ""
+        raise InputError(
+            f"{owner} has the unknown field {unknown[0]:.80}{more}: a newer version of IMLE-SSL "
+            "made this checkpoint; use that version"
+        )
+
+
 # What a training run's checkpoint holds. `args`: the flags; `metrics_size`: bytes of metrics.jsonl.
+# Beside these, `data`: the fingerprints of the images, which version 0.1.0 did not save.
 RUN_PARTS = {"model", "config", "optimizer", "scaler", "progress", "args", "metrics_size"}
 
 
@@ -81,8 +92,9 @@ def read_run_checkpoint(path, parts=RUN_PARTS, mmap=False):
         others = ", ".join(map(str, list(content.keys() - parts)[:5])) or "nothing else"
         missing = ", ".join(missing)
         raise InputError(f"{path} is no checkpoint of a run: it lacks {missing}; it has {others}")
-    if not isinstance(content["args"], dict) or not isinstance(content["progress"], dict):
-        raise InputError(f"{path} is no checkpoint of a run: its args or its progress is no dict")
+    for name in ("args", "progress", "config", "data"):
+        if not isinstance(content.get(name, {}), dict):
+            raise InputError(f"{path} is no checkpoint of a run: its {name} is no dict")
     return content
 
 
@@ -146,7 +158,16 @@ class Checkpoints:
         for name, part in self.parts.items():
             has_state = hasattr(part, "load_state_dict")
             if has_state and content[name]:  # the state of a disabled gradient scaler is empty
-                part.load_state_dict(content[name])
+                try:
+                    part.load_state_dict(content[name])
+                except torch.OutOfMemoryError:
+                    raise
+                except (RuntimeError, ValueError, LookupError, TypeError) as error:
+                    reason = " ".join(str(error).split())
+                    raise InputError(
+                        f"{self.folder}: the {name} of the newest checkpoint does not fit this "
+                        f"version or this command: {reason:.300}"
+                    ) from None
 
     def save(self, progress, *, metrics_size, keep=False):
         """Writes a checkpoint and deletes all but the newest two. keep: also writes a copy that is
@@ -214,7 +235,9 @@ class Progress:
 
     def load_state_dict(self, state):
         """Takes a state of this version or of version 0.1.0."""
-        vars(self).update(from_version_0_1(state) if "losses" in state else state)
+        state = from_version_0_1(state) if "losses" in state else state
+        refuse_unknown(state, vars(self), "the progress in the newest checkpoint")
+        vars(self).update(state)
 
 
 def from_version_0_1(state):

@@ -23,7 +23,7 @@ from internals.encoders import POOLS, check_finite, extract, image_features, nea
 from internals.heads import Head, Heads, lars, train_step
 from internals.plots import at_most_a_warning, draw_probe
 from internals.processes import StopSignal
-from internals.runs import Run, find_in_folder, on_all_processes, read_metrics
+from internals.runs import Run, check_data, find_in_folder, on_all_processes, read_metrics
 from Utils import (
     InputError,
     Stream,
@@ -279,16 +279,22 @@ def probe_folder(save_folder, model_name, data_tr, model, settings):
 
 
 # fmt: off
-def full_probe(encoder, images_tr, images_val, plan, folder, *, name, keep_gb, save_minutes, flags):
+def full_probe(
+    encoder, images_tr, images_val, plan, folder, *, name, keep_gb, save_minutes, flags, force=False
+):
     """Trains the heads of a Plan on an Encoder's features. Returns the result as plain data, and
     leaves it in `folder`, where a probe that was stopped goes on. name: of the model; keep_gb:
-    memory for features on the device, in GB; flags: a dict, for config.json."""
+    memory for features on the device, in GB; flags: a dict, for config.json; force: go on although
+    the images have changed."""
     shape = len(images_tr.classes), encoder.model.config.dim
     heads = Heads(plan.specs, plan.parts, *shape, seed=encoder.seed).to(encoder.device)
     optimizer, progress = lars(heads, plan.specs, plan.batch_size), Progress()
-    parts = {"heads": heads, "optimizer": optimizer, "progress": progress, "args": flags}
+    data = Data.fingerprints(images_tr, images_val)
+    parts = {
+        "heads": heads, "optimizer": optimizer, "progress": progress, "args": flags, "data": data,
+    }
     checkpoints, names = Checkpoints(folder, **parts), parts.keys() | {"metrics_size"}
-    start = on_all_processes(lambda: find_in_folder(folder, names), names)
+    start = on_all_processes(lambda: find_probe(folder, names, data, force), names)
     if start.checkpoint:
         checkpoints.restore(start.checkpoint)
     with Run(start, flags, curves=False) as run:
@@ -326,6 +332,13 @@ def full_probe(encoder, images_tr, images_val, plan, folder, *, name, keep_gb, s
 
 
 # fmt: on
+def find_probe(folder, parts, data, force):
+    """The Start of the probe in a folder, on the first process. data, force: see check_data."""
+    start = find_in_folder(folder, parts)
+    check_data(folder, data, (start.checkpoint or {}).get("data"), force)
+    return start
+
+
 def choose(metrics, n_held_out):
     """The number of the best head by the held-out images: of the heads whose accuracy is within a
     standard error of the highest, the one with the lowest loss, which varies less. Without

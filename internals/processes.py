@@ -18,6 +18,7 @@ import torch
 from torch.multiprocessing import ProcessExitedException, start_processes
 from tqdm import tqdm
 
+from internals.startup import exit_now
 from Utils import InputError, RunError, flush_output, rank, say, sum_over_processes
 
 # SLURM sends SIGUSR2 (we ask it to) before the time limit; a terminal that closes sends SIGHUP.
@@ -173,6 +174,9 @@ def run_command(command, error_lock=None):
     """Calls command() and turns its errors into one line and an exit status: 2 for bad input, 1 for
     a run that can't go on, 130 after an interruption, 0 after a stop. error_lock: see fail."""
     try:
+        if signal.getsignal(signal.SIGINT) == exit_now:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        open_streams()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # which `launch` has blocked
         command()
     except InputError as error:
@@ -195,6 +199,19 @@ def run_command(command, error_lock=None):
         fail(f"in process {rank()}\n{traceback.format_exc()}", 1, error_lock)
     finally:
         flush_output()
+
+
+def open_streams():
+    """Opens /dev/null in place of closed standard streams, whose numbers another file could get.
+    The open ones print names that they can't encode with escapes."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest number that is free
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a notebook's stream prints anything
+            stream.reconfigure(errors="backslashreplace")
 
 
 def explain(error):

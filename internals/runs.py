@@ -27,9 +27,11 @@ from internals.checkpoints import (
     checkpoint_paths,
     newest_checkpoint,
     read_run_checkpoint,
+    refuse_unknown,
     step_of,
 )
 from internals.plots import at_most_a_warning, draw_curves
+from internals.stores import printable
 from Utils import InputError, from_first_process, naming, rank, say, write_atomically
 
 # -------------------------------------------------------------------------------------------------
@@ -43,13 +45,13 @@ class Start(NamedTuple):
     paths: list  # the checkpoints in the folder
     path: Path | None = None  # the checkpoint to go on from
     checkpoint: dict | None = None  # its content
-    changed: bool = False  # whether flags differ from those that the run was started with
+    changed: bool = False  # whether flags or images differ from those that the run was started with
 
 
-def locate_run(script, flags, *, changeable, architecture):
+def locate_run(script, flags, *, changeable, architecture, data=None):
     """The Start of the run that --resume names, else of the run with the flags' uid, else of a new
-    run. changeable, architecture: names of flags, see check_changes."""
-    return on_all_processes(lambda: find_run(script, flags, changeable, architecture))
+    run. changeable, architecture: names of flags, see check_changes; data: see check_data."""
+    return on_all_processes(lambda: find_run(script, flags, changeable, architecture, data or {}))
 
 
 def on_all_processes(find, parts=RUN_PARTS):
@@ -71,7 +73,7 @@ def find_in_folder(folder, parts=RUN_PARTS):
     return Start(folder, paths, *newest_checkpoint(folder, parts))
 
 
-def find_run(script, flags, changeable, architecture):
+def find_run(script, flags, changeable, architecture, data):
     """See locate_run; for the first process."""
     if flags.resume:
         folder = Path(flags.resume).absolute().parent.parent
@@ -83,11 +85,17 @@ def find_run(script, flags, changeable, architecture):
     if old.get("uid", flags.uid) != flags.uid or (not old and holds_files(folder)):
         reason = f"{folder} is in the way, and is no run of this --uid"
         raise InputError(f"--save_folder: {reason}; choose another --save_folder or --uid")
-    if flags.resume:
+    # A run that torchrun has restarted has newer checkpoints than the one that --resume names.
+    if flags.resume and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         check_resume(flags.resume, start)
     if not old:
         return start
+    checkpoint = start.checkpoint or {"data": {}}
+    refuse_unknown(checkpoint, RUN_PARTS | {"data"}, start.path)
+    if "data" in checkpoint:  # else only the flag tells which images the run was trained on
+        changeable = changeable | {"data_tr"}
     changed = check_changes(vars(flags), current_flags(old), changeable, architecture)
+    changed |= "data_tr" in check_data(folder, data, checkpoint.get("data"), flags.force_resume)
     return start._replace(changed=changed)
 
 
@@ -154,6 +162,7 @@ def check_changes(new, old, changeable, architecture):
     --force_resume 1, or if the model differs.
 
     changeable: names of the flags that may differ; architecture: of those that never may."""
+    refuse_unknown(old, new, f"--uid {new['uid']}: that run")
     # Flags that did not exist yet when the run was started count as equal.
     ignored = changeable | (new.keys() - old.keys())
     if new["scheduler"] != "linear_ramp_cosine_decay":  # its rates depend on the number of epochs
@@ -175,6 +184,43 @@ def check_changes(new, old, changeable, architecture):
     elif new["epochs"] != old.get("epochs", new["epochs"]):
         say(f"note: --epochs was {old['epochs']}, is {new['epochs']}")
     return bool(changed)
+
+
+def check_data(folder, new, old, force):
+    """Compares the images of a command (new) with those of the run in `folder` (old, may be None),
+    dicts: flag -> Images.fingerprint(). Returns {flag: what differs}; an InputError if images
+    differ, unless `force`."""
+    changes = {}
+    for flag, fingerprint in new.items():
+        if text := data_changes(fingerprint, (old or {}).get(flag, fingerprint)):
+            changes[flag] = text
+    shown = "; ".join(f"--{flag} {text}" for flag, text in changes.items())
+    if changes and not force:
+        raise InputError(
+            f"{folder} was started with other images: {shown}; give those images, start anew in "
+            "another --save_folder, or go on all the same with --force_resume 1"
+        )
+    if changes:
+        say(f"warning: going on with other images: {shown}")
+    return changes
+
+
+def data_changes(new, old):
+    """What differs between two fingerprints of images, as text; "" if nothing does."""
+    changes = []
+    if new["images"] != old["images"]:
+        changes.append(f"had {old['images']} images, has {new['images']}")
+    for verb, one, other in (("lacks the", old, new), ("has the new", new, old)):
+        if classes := sorted(set(one["classes"]) - set(other["classes"])):
+            more = f" ({len(classes)} such)" if len(classes) > 1 else ""
+            changes.append(f"{verb} class {printable(classes[0])}{more}")
+    for name, text in (
+        ("entries", "has other names of files"),
+        ("contents", "has other files of the same names"),
+    ):
+        if not changes and new[name] != old[name]:
+            changes.append(text)
+    return ", ".join(changes)
 
 
 def read_config(folder):

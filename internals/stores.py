@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from internals.tar import find_images, read_file
+from internals.tar import SPARSE, find_images, read_file
 from Utils import InputError, say, write_atomically
 
 
@@ -30,7 +30,7 @@ class Images(Dataset):
     """Encoded images in classes, in ImageFolder's order: by class, folder and file name. Items are
     (image, target).
 
-    Each data format is a subclass with two methods: find and read."""
+    Each data format is a subclass with three methods: find, read and size."""
 
     def __init__(self, path, *, transform=None, image_decoder="pillow", skip_bad=False):
         self.path, self.transform, self.skip_bad = str(path), transform, skip_bad
@@ -47,6 +47,28 @@ class Images(Dataset):
     def read(self, index):
         """An encoded image, as bytes."""
         raise NotImplementedError
+
+    def size(self, index):
+        """The number of bytes of an encoded image, without reading the image if possible."""
+        raise NotImplementedError
+
+    def fingerprint(self):
+        """Plain data, the same for the same images in any store: the number of images, the classes,
+        a digest of all entries, and one of the sizes of 1,000 evenly spaced images and the bytes of
+        100 of them."""
+        entries = hashlib.sha256(self.index.names)
+        entries.update(self.index.starts)
+        sizes = [int(self.size(i)) for i in evenly_spaced(len(self), 1000)]
+        contents = hashlib.sha256(str(sizes).encode())
+        for i in evenly_spaced(len(self), 100):
+            with contextlib.suppress(OSError, InputError):  # an error only where it is used
+                contents.update(self.read(i))
+        return {
+            "images": len(self),
+            "classes": list(self.classes),
+            "entries": entries.hexdigest(),
+            "contents": contents.hexdigest(),
+        }
 
     def entry(self, index):
         """An image's path below the root, CLASS/.../IMAGE: the same in every store."""
@@ -90,6 +112,12 @@ class Images(Dataset):
         except Exception as error:  # decoders raise anything for damaged bytes
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ImageError(f"cannot read the image {self.name(index)}: {reason}") from None
+
+
+def evenly_spaced(n, most):
+    """At most so many evenly spaced numbers of range(n)."""
+    count = min(n, most)
+    return [i * n // count for i in range(count)]
 
 
 def printable(text):
@@ -270,6 +298,12 @@ class FolderImages(Images):
         with open(f"{self.path}/{self.index.entry(index)}", "rb") as file:
             return file.read()
 
+    def size(self, index):
+        try:
+            return os.path.getsize(f"{self.path}/{self.index.entry(index)}")
+        except OSError:  # a broken link: an error only where the image is used
+            return -1
+
 
 class TarImages(Images):
     """An uncompressed TAR as ROOT/class/.../image. ROOT is the longest folder that all images
@@ -319,6 +353,10 @@ class TarImages(Images):
             raise InputError(f"the archive is not the one that {self.index.folder} was made of")
         return content
 
+    def size(self, index):
+        size = self.index.places[index][1]
+        return len(self.read(index)) if size == SPARSE else size
+
 
 def cache_folder(path):
     """Where the index is kept of an archive whose own folder cannot be written to."""
@@ -361,7 +399,8 @@ open_lmdb = functools.cache(OpenLmdb)  # a process may open a file once only
 def open_environment(path, identity):
     """An lmdb.Environment. An InputError where the file is no LMDB, is cut or was replaced."""
     try:
-        environment = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False)
+        name = os.fsencode(path)  # lmdb refuses text that is no UTF-8
+        environment = lmdb.open(name, subdir=False, readonly=True, lock=False, readahead=False)
         size = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     except lmdb.Error as error:
         raise InputError(f"{path} is no LMDB that can be read: {error}") from None
@@ -427,6 +466,9 @@ class LmdbImages(Images):
             if len(content) != self.index.places[index]:
                 raise InputError(f"{self.path} is damaged")
             return bytes(content)
+
+    def size(self, index):
+        return self.index.places[index]
 
 
 # To add a data format, write a subclass of Images and add a line: which paths are of the format,

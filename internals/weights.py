@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 
-from internals.checkpoints import newest_checkpoint, read_checkpoint
+from internals.checkpoints import newest_checkpoint, read_checkpoint, refuse_unknown
 from internals.unwrap import named_tensors, split_key, unwrap
 from Models import PRESETS, ModelConfig, build, sincos_position_embedding
 from Utils import InputError, first_line, say
@@ -185,6 +185,8 @@ def read_state(path, key=""):
     if place == "model" and "config" in content:
         if not isinstance(content["config"], dict):
             raise InputError(f"{path} is damaged: its config is no dict")
+        if "ip_spec" in content["config"]:  # of this repository
+            refuse_unknown(content["config"], vars(ModelConfig()), f"the model in {path}")
         return state, content["config"]
     if any(name.endswith("embeddings.cls_token") for name in state):
         return from_hugging_face(state), hugging_face_fields(path.with_name("config.json"))

@@ -147,7 +147,8 @@ def write_lmdb(path, images, items):
     """Writes an LMDB as LmdbImages reads it. Returns a checksum of each item (entry, content)."""
     checksums, names, starts, sizes = array("Q"), bytearray(), array("q", [0]), array("q")
     waiting, size = [], 0  # what is to be written next
-    with lmdb.open(str(path), subdir=False, lock=False, sync=False, map_size=2**28) as environment:
+    name = os.fsencode(path)  # lmdb refuses text that is no UTF-8
+    with lmdb.open(name, subdir=False, lock=False, sync=False, map_size=2**28) as environment:
         for number, (entry, content) in enumerate(items):
             checksums.append(checksum(entry, content))
             names += entry
