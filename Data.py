@@ -14,8 +14,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from internals.decoding import NOTE, check_decoder
 from internals.processes import end_workers_at_exit, ignore_stop_signals
-from internals.stores import FORMATS, ImageError, check_decoder
+from internals.stores import FORMATS, ImageError
 from Utils import (
     InputError,
     RunError,
@@ -26,11 +27,13 @@ from Utils import (
     random_bits,
     random_uniform,
     rank,
+    say,
     seeded,
     world_size,
 )
 
 MOST_BAD = 0.001  # share of a data set's images that --skip_bad_images may replace
+REPLACED, NOTED = 1, 2  # what a loader worker reports of an image; see SeededImages
 
 
 def open_images(path, transform=None, *, image_decoder="pillow", skip_bad_images=False):
@@ -77,6 +80,10 @@ class Subset(Dataset):
 
     def __getitem__(self, index):
         return self.images[self.indices[index]][0], self.target(index)
+
+    def source(self, index):
+        """The store that holds an image, and the image's index there."""
+        return self.images.source(self.indices[index])
 
     def target(self, index):
         """The class of an image, as a number."""
@@ -194,32 +201,34 @@ def occurrences(indices):
 
 class SeededImages(Dataset):
     """Item (index, seed): the image, uint8 (3, H, W), transformed with random numbers that depend
-    on the seed alone; and whether another image replaced it. Only damaged images are replaced, and
-    only if images.skip_bad is set."""
+    on the seed alone; and REPLACED if another image replaced it, NOTED if its decoder left a note,
+    else 0. Only damaged images are replaced, and only if images.skip_bad is set."""
 
     def __init__(self, images, transform):
         self.images, self.transform = images, transform
 
     def __getitem__(self, key):
         index, seed = key
-        image, replaced = self.load(index)
+        image, report = self.load(index)
         with seeded(seed):
-            return self.transform(image), replaced
+            return self.transform(image), report
 
     def load(self, index):
-        """Returns the image and False; for a damaged image the next readable one of its class and
-        True."""
+        """Returns the image and 0 or NOTED; for a damaged image the next readable one of its class
+        and REPLACED. A subset's class without a readable image falls back on the whole class."""
         try:
-            return self.images.load(index), False
+            image = self.images.load(index)
+            return image, NOTED if NOTE in getattr(image, "info", ()) else 0
         except ImageError:
             if not self.images.skip_bad:
                 raise
-        others = self.images.of_class(self.images.target(index))
-        place = int(np.searchsorted(others, index))
-        for other in [*others[place + 1 :], *others[:place]]:
-            with contextlib.suppress(ImageError):
-                return self.images.load(other), True
-        return self.images.load(index), True  # the whole class is damaged: raises the error again
+        for images, i in (self.images, index), self.images.source(index):
+            others = images.of_class(images.target(i))
+            place = int(np.searchsorted(others, i))
+            for other in [*others[place + 1 :], *others[:place]]:
+                with contextlib.suppress(ImageError):
+                    return images.load(other), REPLACED
+        return self.images.load(index), REPLACED  # all are damaged: raises the error again
 
 
 class Requests:
@@ -249,7 +258,6 @@ class ImageLoader:
         stopping=lambda: False,
     ):
         self.images, self.stopping = images, stopping
-        self.replaced = set()  # indices of damaged images, which others replaced
         self.requests = Requests()
         end_workers_at_exit()
         self.loader = DataLoader(
@@ -278,9 +286,10 @@ class ImageLoader:
         for rows in batches:
             if self.stopping():
                 return
-            images, replaced = self.next_batch(loaded, indices[rows])
-            if replaced.any():
-                self.report_replaced(indices[rows][replaced].tolist())
+            images, reports = self.next_batch(loaded, indices[rows])
+            if reports.any():
+                self.report_replaced(indices[rows][reports == REPLACED].tolist())
+                self.report_note(indices[rows][reports == NOTED].tolist())
             yield rows, images
 
     def chunks(self, indices, seeds, size):
@@ -307,22 +316,30 @@ class ImageLoader:
         ) from None
 
     def report_replaced(self, indices):
-        """Warns of images that were replaced, once for each; an InputError if there are too
-        many."""
+        """Warns of images that were replaced, once for each; an InputError if there are too many
+        in the whole data set, of which self.images may be a subset."""
         for index in indices:
-            if index not in self.replaced:
-                self.replaced.add(index)
-                count = f"{len(self.replaced)} of {len(self.images)} images replaced so far"
-                try:
-                    self.images.load(index)  # again, for the error's text
-                except ImageError as error:
-                    tqdm.write(f"warning: {error}; {count}", file=sys.stderr)
-        if len(self.replaced) > MOST_BAD * len(self.images):
-            raise InputError(
-                f"--skip_bad_images: {len(self.replaced)} of {len(self.images)} images in "
-                f"{self.images.path} can't be read, more than {MOST_BAD:.1%}; "
-                f"one is {self.images.name(index)}"
-            )
+            store, number = self.images.source(index)
+            if number in store.replaced:
+                continue
+            store.replaced.add(number)
+            count = f"{len(store.replaced)} of {len(store)} images"
+            try:
+                store.load(number)  # again, for the error's text
+            except ImageError as error:
+                tqdm.write(f"warning: {error}; {count} replaced so far", file=sys.stderr)
+            if len(store.replaced) > MOST_BAD * len(store):
+                raise InputError(
+                    f"--skip_bad_images: {count} in {store.path} can't be read, more than "
+                    f"{MOST_BAD:.1%}; one is {store.name(number)}"
+                )
+
+    def report_note(self, indices):
+        """Prints the decoder's note on the first of these images, once for a data set."""
+        for store, number in map(self.images.source, indices[:1]):
+            if not store.noted:
+                store.noted = True
+                say(f"note: {store.name(number)}: {store.load(number).info[NOTE]}")
 
 
 def copied(batches, device):

@@ -4,7 +4,6 @@ order and the same encoded images. FORMATS, at the end, lists the stores."""
 import contextlib
 import functools
 import hashlib
-import io
 import json
 import os
 import zlib
@@ -13,11 +12,10 @@ from pathlib import Path
 
 import lmdb
 import numpy as np
-import torch
-from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from internals.decoding import IMAGE_DECODERS
 from internals.tar import find_images, read_file
 from Utils import InputError, say, write_atomically
 
@@ -35,6 +33,7 @@ class Images(Dataset):
     def __init__(self, path, *, transform=None, image_decoder="pillow", skip_bad=False):
         self.path, self.transform, self.skip_bad = str(path), transform, skip_bad
         self.decode = IMAGE_DECODERS[image_decoder]
+        self.replaced, self.noted = set(), False  # what ImageLoaders have reported, see there
         self.index = self.find()
         self.classes = self.index.classes
         self.class_to_idx = {name: i for i, name in enumerate(self.classes)}
@@ -68,6 +67,10 @@ class Images(Dataset):
         image = self.load(index)
         return (image if self.transform is None else self.transform(image)), self.target(index)
 
+    def source(self, index):
+        """The store that holds an image, and the image's index there."""
+        return self, index
+
     def target(self, index):
         """The class of an image, as a number."""
         index = range(len(self))[index]
@@ -88,7 +91,8 @@ class Images(Dataset):
         try:
             return self.decode(self.read(index))
         except Exception as error:  # decoders raise anything for damaged bytes
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            reason = " ".join(reason.split())
             raise ImageError(f"cannot read the image {self.name(index)}: {reason}") from None
 
 
@@ -107,57 +111,6 @@ def check_classes(path, class_folders, classes):
     if empty:
         more = f" ({len(empty)} such)" if len(empty) > 1 else ""
         raise InputError(f"{path}: no image in the class folder {empty[0]}{more}")
-
-
-# -------------------------------------------------------------------------------------------------
-
-
-def decode_by_pillow(data):
-    """Encoded image -> Pillow's RGB, as torchvision's ImageFolder loads it: orientation tags are
-    ignored."""
-    return Image.open(io.BytesIO(data)).convert("RGB")
-
-
-def decode_by_torchcodec(data):
-    """Encoded image -> uint8 (3, H, W) with the same pixels as Pillow's. Pillow decodes everything
-    but intact JPEGs in grey or RGB."""
-    from torchcodec.decoders import decode_jpeg  # optional; see `check_decoder`
-
-    if data.startswith(b"\xff\xd8\xff"):
-        with contextlib.suppress(RuntimeError):  # Pillow decodes some damaged images
-            encoded = torch.frombuffer(without_orientation(data), dtype=torch.uint8)
-            image = decode_jpeg(encoded, mode="UNCHANGED")
-            if len(image) in (1, 3):  # grey or RGB
-                return image.expand(3, -1, -1)
-    return decode_by_pillow(data)
-
-
-def without_orientation(data):
-    """A copy of a JPEG in which the APP1 segments, where cameras write the orientation, are
-    comments. torchcodec would rotate the image; ImageFolder does not."""
-    data, position = bytearray(data), 2
-    while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
-        if data[position + 1 : position + 2] == b"\xff":  # padding before a marker
-            position += 1
-            continue
-        if data[position + 1 : position + 2] == b"\xe1":
-            data[position + 1] = 0xFE
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return data
-
-
-IMAGE_DECODERS = {"pillow": decode_by_pillow, "torchcodec": decode_by_torchcodec}
-
-
-def check_decoder(name):
-    """Refuses a decoder that is not installed, or does not load."""
-    if name == "torchcodec":
-        try:
-            from torchcodec.decoders import decode_jpeg  # noqa: F401
-        except (ImportError, OSError, RuntimeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            advice = "pip install a torchcodec that fits this torch, or use pillow"
-            raise InputError(f"torchcodec does not load ({reason}); {advice}") from None
 
 
 # -------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -27,6 +28,7 @@ from conftest import (
     run_folder,
     step_options,
 )
+from PIL import Image
 
 import Data
 import IO
@@ -834,3 +836,43 @@ def test_the_folder_of_another_run_in_the_way__is_refused_and_left_as_it_is(copi
 def test_the_table_of_faults_is_made_of_these_names():
     done = command(program=(sys.executable, "scripts/fault_table.py"))
     assert (ROOT / "docs/faults.md").read_text() == done.stdout
+
+
+# -------------------------------------------------------------------------------------------------
+# What real data hold.
+
+QUICK = [*TINY, "--ignore_z", 1, "--epochs", 1, "--ex_for_vis_te", 0]
+NO_PROBE = ["--fast_linear_probe", 0, "--steps_per_eval", 0]
+
+
+def grey_images(root, numbers, names=("a/0.png", "a/1.png", "b/0.png", "b/1.png")):
+    """A folder of images of these numbers (height, width)."""
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.roll(numbers, i, axis=1)).save(root / name)
+    return root
+
+
+def test_grey_images_of_16_bits__train_as_the_same_in_8_bits_and_their_range_is_told_once(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (32, 32))
+    folders = {
+        8: grey_images(tmp_path / "8/data", values.astype(np.uint8)),
+        16: grey_images(tmp_path / "16/data", (values * 257).astype(np.uint16)),
+    }
+    for bits, data in folders.items():
+        flags = ["--data_tr", data, "--data_val", data, "--num_workers", 1, "--save_folder"]
+        done = command(*QUICK, *flags, tmp_path / f"{bits}/runs")
+        notes = [line for line in done.stdout.splitlines() if "grey values are 16 bits" in line]
+        assert len(notes) == (2 if bits == 16 else 0)  # one for each of the data sets
+        assert all(", here from 0 to 65,535; " in note for note in notes)
+    assert_same_run(*(run_folder(tmp_path / f"{bits}/runs") for bits in folders))
+
+
+def test_one_damaged_image_of_thousands_in_the_probe_s_subset__is_replaced(tmp_path):
+    names = [f"{c}/{i:04}.png" for c in "ab" for i in range(510)]
+    data = grey_images(tmp_path / "data", np.zeros((2, 2), np.uint8), names)
+    bad = Path(Data.few_shot(Data.open_images(data), 2, 3, 0).name(0))
+    bad.write_bytes(b"")
+    flags = ["--data_tr", data, "--data_val", data, "--val_n_shot", 3, "--save_folder", tmp_path]
+    done = command(*QUICK, *flags, "--skip_bad_images", 1)
+    assert f"{bad}: cannot identify" in done.stderr and "1 of 1020 images" in done.stderr

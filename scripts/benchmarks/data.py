@@ -24,7 +24,7 @@ from torchvision.transforms import v2 as T
 
 import Data
 from Augmentation import augment
-from internals.stores import check_decoder
+from internals.decoding import check_decoder
 from IO import whole
 from Utils import InputError, naming
 
