@@ -24,6 +24,7 @@ from Utils import (
     mix_seeds,
     naming,
     permutation,
+    printable,
     random_bits,
     random_uniform,
     rank,
@@ -53,8 +54,22 @@ def open_images(path, transform=None, *, image_decoder="pillow", skip_bad_images
                     skip_bad=skip_bad_images,
                 )
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+        place = error.filename or path
+        raise InputError(f"cannot read {place}: {error.strerror or error}") from None
     raise InputError(f"{path} is neither a folder nor a .tar (uncompressed) nor an .lmdb")
+
+
+def contents(images):
+    """What images were read, and which files were left out, as one line."""
+    store, classes = images, list(map(printable, images.classes))
+    while isinstance(store, Subset):
+        store = store.images
+    names = classes if len(classes) < 4 else [*classes[:2], f"... {classes[-1]}"]
+    text = f"{len(images):,} images, {len(classes):,} class{'es' * (len(classes) > 1)}"
+    text += f" ({', '.join(names)})"
+    if store is not images:
+        text += f", of {len(store):,} images, {len(store.classes):,} classes"
+    return text + (f"; left out: {store.index.left_out}" if store.index.left_out else "")
 
 
 class Subset(Dataset):
@@ -157,7 +172,8 @@ def open_pair(
 ):
     """Opens the training images, reduced to a few-shot subset, and the validation images, reduced
     to the same classes. same_classes=False, for runs without labels: validation images of all
-    classes. staged: a folder of copies to read instead, see staged_path. Errors name the flag."""
+    classes. staged: a folder of copies to read instead, see staged_path. Errors name the flag. Two
+    lines say what was read."""
     options = {"image_decoder": image_decoder, "skip_bad_images": skip_bad_images}
     with naming("--data_tr"):
         images_tr = open_images(staged_path(data_tr, staged), **options)
@@ -167,6 +183,8 @@ def open_pair(
         images_val = open_images(staged_path(data_val, staged), **options)
         if same_classes:
             images_val = with_classes(images_val, images_tr.classes)
+    say(f"training: {contents(images_tr)}")
+    say(f"validation: {contents(images_val)}")
     return images_tr, images_val
 
 

@@ -21,11 +21,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from Data import open_images
+from Data import contents, open_images
 from internals.decoding import NOTE
 from internals.processes import end_workers_at_exit, ignore_stop_signals, run_command
-from internals.stores import Index, LmdbImages, TarImages, lmdb_key, printable
-from Utils import InputError, say, write_atomically
+from internals.stores import Index, LmdbImages, TarImages, lmdb_key
+from Utils import InputError, printable, say, write_atomically
 
 BATCH = 64  # images that a worker sends at a time
 TRANSACTION = 2**26  # bytes that are written to an LMDB at a time
@@ -73,7 +73,7 @@ def pack(source, out, size=None, num_workers=None):
         raise InputError(f"{out}: another process is packing it") from None
     except (OSError, lmdb.Error) as error:
         raise InputError(f"cannot write {out}: {error}") from None
-    say(f"packed: {len(images)} images in {len(images.classes)} classes, checked, in {out}")
+    say(f"packed, and checked, in {out}: {contents(images)}")
 
 
 def check_arguments(out, size, num_workers):
