@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -34,6 +35,7 @@ from Utils import (
 )
 
 MOST_BAD = 0.001  # share of a data set's images that --skip_bad_images may replace
+IN_FLIGHT = 2**24  # bytes that workers load ahead, at most: /dev/shm has 64 MB under Docker
 REPLACED, NOTED = 1, 2  # what a loader worker reports of an image; see SeededImages
 
 
@@ -277,6 +279,11 @@ class ImageLoader:
     ):
         self.images, self.stopping = images, stopping
         self.requests = Requests()
+        self.most = sys.maxsize  # images that a worker sends at once
+        if num_workers:
+            with seeded(0):
+                image_bytes = transform(Image.new("RGB", (32, 32))).nbytes
+            self.most = max(1, IN_FLIGHT // (2 * num_workers * image_bytes))  # two in flight each
         end_workers_at_exit()
         self.loader = DataLoader(
             SeededImages(images, transform),
@@ -296,7 +303,9 @@ class ImageLoader:
         of indices (n,) and seeds (n,). images: uint8 (rows, 3, H, W), image indices[i] transformed
         with seeds[i]. Workers load ahead."""
         self.requests.batches = (
-            list(zip(indices[rows].tolist(), seeds[rows].tolist(), strict=True)) for rows in batches
+            list(zip(*keys, strict=True))
+            for rows in batches
+            for keys in zip(*map(self.pieces, (indices[rows], seeds[rows])), strict=True)
         )
         if self.stopping():
             return
@@ -317,8 +326,27 @@ class ImageLoader:
         slices = [slice(start, min(start + size, n)) for start in range(0, n, size)]
         return self.load(indices, seeds, slices[rank() :: world_size()])
 
+    def pieces(self, numbers):
+        """Cuts the numbers of a batch into lists of nearly equal lengths, at most self.most."""
+        return [piece.tolist() for piece in numbers.chunk(max(1, -(-len(numbers) // self.most)))]
+
     def next_batch(self, loaded, indices):
-        """The next batch of `loaded`, of these images; a RunError if it takes too long."""
+        """The next batch of `loaded`, of these images, joined from its pieces."""
+        first, *others = self.pieces(indices)
+        images, reports = self.next_piece(loaded, first)
+        if not others:
+            return images, reports
+        shape, done = (len(indices), *images.shape[1:]), len(first)
+        joined = torch.empty(shape, dtype=images.dtype, pin_memory=self.loader.pin_memory)
+        joined[:done], reports = images, [reports]
+        for piece in others:  # one by one: each leaves the shared memory at once
+            images, more = self.next_piece(loaded, piece)
+            joined[done : done + len(piece)] = images
+            reports, done = [*reports, more], done + len(piece)
+        return joined, torch.cat(reports)
+
+    def next_piece(self, loaded, indices):
+        """The next piece of `loaded`, of these images; a RunError if it takes too long."""
         # Two waits of half the timeout: after a suspended run wakes up, the first is over at once.
         for _ in range(2):
             try:
@@ -326,7 +354,7 @@ class ImageLoader:
             except RuntimeError as error:
                 if "timed out" not in str(error):
                     raise
-        names = ", ".join(self.images.name(i) for i in indices[:3].tolist())
+        names = ", ".join(self.images.name(i) for i in indices[:3])
         seconds = 2 * self.loader.timeout
         raise RunError(
             f"--loader_timeout {seconds:g}: a loader worker gave nothing for so many "
