@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from internals.decoding import NOTE, check_decoder
 from internals.processes import end_workers_at_exit, ignore_stop_signals
-from internals.stores import FORMATS, ImageError, check_decoder
+from internals.stores import FORMATS, ImageError
 from Utils import (
     InputError,
     RunError,
@@ -24,14 +26,18 @@ from Utils import (
     mix_seeds,
     naming,
     permutation,
+    printable,
     random_bits,
     random_uniform,
     rank,
+    say,
     seeded,
     world_size,
 )
 
 MOST_BAD = 0.001  # share of a data set's images that --skip_bad_images may replace
+IN_FLIGHT = 2**24  # bytes that workers load ahead, at most: /dev/shm has 64 MB under Docker
+REPLACED, NOTED = 1, 2  # what a loader worker reports of an image; see SeededImages
 
 
 def open_images(path, transform=None, *, image_decoder="pillow", skip_bad_images=False):
@@ -51,8 +57,22 @@ def open_images(path, transform=None, *, image_decoder="pillow", skip_bad_images
                     skip_bad=skip_bad_images,
                 )
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+        place = error.filename or path
+        raise InputError(f"cannot read {place}: {error.strerror or error}") from None
     raise InputError(f"{path} is neither a folder nor a .tar (uncompressed) nor an .lmdb")
+
+
+def contents(images):
+    """What images were read, and which files were left out, as one line."""
+    store, classes = images, list(map(printable, images.classes))
+    while isinstance(store, Subset):
+        store = store.images
+    names = classes if len(classes) < 4 else [*classes[:2], f"... {classes[-1]}"]
+    text = f"{len(images):,} images, {len(classes):,} class{'es' * (len(classes) > 1)}"
+    text += f" ({', '.join(names)})"
+    if store is not images:
+        text += f", of {len(store):,} images, {len(store.classes):,} classes"
+    return text + (f"; left out: {store.index.left_out}" if store.index.left_out else "")
 
 
 class Subset(Dataset):
@@ -78,6 +98,10 @@ class Subset(Dataset):
 
     def __getitem__(self, index):
         return self.images[self.indices[index]][0], self.target(index)
+
+    def source(self, index):
+        """The store that holds an image, and the image's index there."""
+        return self.images.source(self.indices[index])
 
     def target(self, index):
         """The class of an image, as a number."""
@@ -155,7 +179,8 @@ def open_pair(
 ):
     """Opens the training images, reduced to a few-shot subset, and the validation images, reduced
     to the same classes. same_classes=False, for runs without labels: validation images of all
-    classes. staged: a folder of copies to read instead, see staged_path. Errors name the flag."""
+    classes. staged: a folder of copies to read instead, see staged_path. Errors name the flag. Two
+    lines say what was read."""
     options = {"image_decoder": image_decoder, "skip_bad_images": skip_bad_images}
     with naming("--data_tr"):
         images_tr = open_images(staged_path(data_tr, staged), **options)
@@ -165,6 +190,8 @@ def open_pair(
         images_val = open_images(staged_path(data_val, staged), **options)
         if same_classes:
             images_val = with_classes(images_val, images_tr.classes)
+    say(f"training: {contents(images_tr)}")
+    say(f"validation: {contents(images_val)}")
     return images_tr, images_val
 
 
@@ -209,32 +236,34 @@ def occurrences(indices):
 
 class SeededImages(Dataset):
     """Item (index, seed): the image, uint8 (3, H, W), transformed with random numbers that depend
-    on the seed alone; and whether another image replaced it. Only damaged images are replaced, and
-    only if images.skip_bad is set."""
+    on the seed alone; and REPLACED if another image replaced it, NOTED if its decoder left a note,
+    else 0. Only damaged images are replaced, and only if images.skip_bad is set."""
 
     def __init__(self, images, transform):
         self.images, self.transform = images, transform
 
     def __getitem__(self, key):
         index, seed = key
-        image, replaced = self.load(index)
+        image, report = self.load(index)
         with seeded(seed):
-            return self.transform(image), replaced
+            return self.transform(image), report
 
     def load(self, index):
-        """Returns the image and False; for a damaged image the next readable one of its class and
-        True."""
+        """Returns the image and 0 or NOTED; for a damaged image the next readable one of its class
+        and REPLACED. A subset's class without a readable image falls back on the whole class."""
         try:
-            return self.images.load(index), False
+            image = self.images.load(index)
+            return image, NOTED if NOTE in getattr(image, "info", ()) else 0
         except ImageError:
             if not self.images.skip_bad:
                 raise
-        others = self.images.of_class(self.images.target(index))
-        place = int(np.searchsorted(others, index))
-        for other in [*others[place + 1 :], *others[:place]]:
-            with contextlib.suppress(ImageError):
-                return self.images.load(other), True
-        return self.images.load(index), True  # the whole class is damaged: raises the error again
+        for images, i in (self.images, index), self.images.source(index):
+            others = images.of_class(images.target(i))
+            place = int(np.searchsorted(others, i))
+            for other in [*others[place + 1 :], *others[:place]]:
+                with contextlib.suppress(ImageError):
+                    return images.load(other), REPLACED
+        return self.images.load(index), REPLACED  # all are damaged: raises the error again
 
 
 class Requests:
@@ -264,8 +293,12 @@ class ImageLoader:
         stopping=lambda: False,
     ):
         self.images, self.stopping = images, stopping
-        self.replaced = set()  # indices of damaged images, which others replaced
         self.requests = Requests()
+        self.most = sys.maxsize  # images that a worker sends at once
+        if num_workers:
+            with seeded(0):
+                image_bytes = transform(Image.new("RGB", (32, 32))).nbytes
+            self.most = max(1, IN_FLIGHT // (2 * num_workers * image_bytes))  # two in flight each
         end_workers_at_exit()
         self.loader = DataLoader(
             SeededImages(images, transform),
@@ -285,7 +318,9 @@ class ImageLoader:
         of indices (n,) and seeds (n,). images: uint8 (rows, 3, H, W), image indices[i] transformed
         with seeds[i]. Workers load ahead."""
         self.requests.batches = (
-            list(zip(indices[rows].tolist(), seeds[rows].tolist(), strict=True)) for rows in batches
+            list(zip(*keys, strict=True))
+            for rows in batches
+            for keys in zip(*map(self.pieces, (indices[rows], seeds[rows])), strict=True)
         )
         if self.stopping():
             return
@@ -293,9 +328,10 @@ class ImageLoader:
         for rows in batches:
             if self.stopping():
                 return
-            images, replaced = self.next_batch(loaded, indices[rows])
-            if replaced.any():
-                self.report_replaced(indices[rows][replaced].tolist())
+            images, reports = self.next_batch(loaded, indices[rows])
+            if reports.any():
+                self.report_replaced(indices[rows][reports == REPLACED].tolist())
+                self.report_note(indices[rows][reports == NOTED].tolist())
             yield rows, images
 
     def chunks(self, indices, seeds, size):
@@ -305,8 +341,27 @@ class ImageLoader:
         slices = [slice(start, min(start + size, n)) for start in range(0, n, size)]
         return self.load(indices, seeds, slices[rank() :: world_size()])
 
+    def pieces(self, numbers):
+        """Cuts the numbers of a batch into lists of nearly equal lengths, at most self.most."""
+        return [piece.tolist() for piece in numbers.chunk(max(1, -(-len(numbers) // self.most)))]
+
     def next_batch(self, loaded, indices):
-        """The next batch of `loaded`, of these images; a RunError if it takes too long."""
+        """The next batch of `loaded`, of these images, joined from its pieces."""
+        first, *others = self.pieces(indices)
+        images, reports = self.next_piece(loaded, first)
+        if not others:
+            return images, reports
+        shape, done = (len(indices), *images.shape[1:]), len(first)
+        joined = torch.empty(shape, dtype=images.dtype, pin_memory=self.loader.pin_memory)
+        joined[:done], reports = images, [reports]
+        for piece in others:  # one by one: each leaves the shared memory at once
+            images, more = self.next_piece(loaded, piece)
+            joined[done : done + len(piece)] = images
+            reports, done = [*reports, more], done + len(piece)
+        return joined, torch.cat(reports)
+
+    def next_piece(self, loaded, indices):
+        """The next piece of `loaded`, of these images; a RunError if it takes too long."""
         # Two waits of half the timeout: after a suspended run wakes up, the first is over at once.
         for _ in range(2):
             try:
@@ -314,7 +369,7 @@ class ImageLoader:
             except RuntimeError as error:
                 if "timed out" not in str(error):
                     raise
-        names = ", ".join(self.images.name(i) for i in indices[:3].tolist())
+        names = ", ".join(self.images.name(i) for i in indices[:3])
         seconds = 2 * self.loader.timeout
         raise RunError(
             f"--loader_timeout {seconds:g}: a loader worker gave nothing for so many "
@@ -322,22 +377,30 @@ class ImageLoader:
         ) from None
 
     def report_replaced(self, indices):
-        """Warns of images that were replaced, once for each; an InputError if there are too
-        many."""
+        """Warns of images that were replaced, once for each; an InputError if there are too many
+        in the whole data set, of which self.images may be a subset."""
         for index in indices:
-            if index not in self.replaced:
-                self.replaced.add(index)
-                count = f"{len(self.replaced)} of {len(self.images)} images replaced so far"
-                try:
-                    self.images.load(index)  # again, for the error's text
-                except ImageError as error:
-                    tqdm.write(f"warning: {error}; {count}", file=sys.stderr)
-        if len(self.replaced) > MOST_BAD * len(self.images):
-            raise InputError(
-                f"--skip_bad_images: {len(self.replaced)} of {len(self.images)} images in "
-                f"{self.images.path} can't be read, more than {MOST_BAD:.1%}; "
-                f"one is {self.images.name(index)}"
-            )
+            store, number = self.images.source(index)
+            if number in store.replaced:
+                continue
+            store.replaced.add(number)
+            count = f"{len(store.replaced)} of {len(store)} images"
+            try:
+                store.load(number)  # again, for the error's text
+            except ImageError as error:
+                tqdm.write(f"warning: {error}; {count} replaced so far", file=sys.stderr)
+            if len(store.replaced) > MOST_BAD * len(store):
+                raise InputError(
+                    f"--skip_bad_images: {count} in {store.path} can't be read, more than "
+                    f"{MOST_BAD:.1%}; one is {store.name(number)}"
+                )
+
+    def report_note(self, indices):
+        """Prints the decoder's note on the first of these images, once for a data set."""
+        for store, number in map(self.images.source, indices[:1]):
+            if not store.noted:
+                store.noted = True
+                say(f"note: {store.name(number)}: {store.load(number).info[NOTE]}")
 
 
 def copied(batches, device):

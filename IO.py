@@ -12,9 +12,9 @@ import torch
 
 from Data import MOST_BAD
 from internals.checkpoints import read_run_checkpoint
+from internals.decoding import IMAGE_DECODERS, check_decoder
 from internals.parsing import SWITCH, Parser, real, whole
 from internals.runs import current_flags, folder_of, read_config
-from internals.stores import IMAGE_DECODERS, check_decoder
 from internals.weights import (
     FOREIGN_SOURCES,
     PUBLISHED,

@@ -206,11 +206,17 @@ def join_processes(devices):
 
 def say(text):
     """Prints a line on the first process, above any progress bar. Ignores a failure to print (full
-    disk, closed terminal), so that the run goes on."""
-    if rank() == 0:
+    disk, closed terminal), so that the run goes on. Before the processes of torchrun or srun join,
+    RANK is the number of a process."""
+    if (rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))) == 0:
         with contextlib.suppress(OSError):
             tqdm.write(str(text), file=sys.stdout)
         flush_output()
+
+
+def printable(text):
+    """Text on one line, with escapes for file names that are not valid Unicode."""
+    return text.encode(errors="backslashreplace").decode().replace("\n", "\\n")
 
 
 def flush_output():

@@ -218,6 +218,11 @@ def explain(error):
     """One line for an error of torch that users may meet; None for any other error."""
     text = str(error).strip() or type(error).__name__
     first = text.splitlines()[0]
+    if "</torch_" in text or "out of shared memory" in text:  # from a worker, in a traceback
+        return (
+            "the shared memory /dev/shm, by which loader workers send images, is full or can't be "
+            "used: give it more (docker run --shm-size 1g), or use --num_workers 0 or fewer workers"
+        )
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
         return (
             f"out of memory ({first}); lower --code_bs or --sp (sampling; with --sampler surrogate "

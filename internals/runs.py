@@ -31,8 +31,7 @@ from internals.checkpoints import (
     step_of,
 )
 from internals.plots import at_most_a_warning, draw_curves
-from internals.stores import printable
-from Utils import InputError, from_first_process, naming, rank, say, write_atomically
+from Utils import InputError, from_first_process, naming, printable, rank, say, write_atomically
 
 # -------------------------------------------------------------------------------------------------
 # Finding a run.

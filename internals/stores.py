@@ -4,7 +4,6 @@ order and the same encoded images. FORMATS, at the end, lists the stores."""
 import contextlib
 import functools
 import hashlib
-import io
 import json
 import os
 import zlib
@@ -13,13 +12,13 @@ from pathlib import Path
 
 import lmdb
 import numpy as np
-import torch
-from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
+from internals.decoding import IMAGE_DECODERS
+from internals.layout import SYSTEM_FOLDERS, find_layout, identify, list_folder
 from internals.tar import SPARSE, find_images, read_file
-from Utils import InputError, say, write_atomically
+from Utils import InputError, printable, write_atomically
 
 
 class ImageError(InputError):
@@ -35,6 +34,7 @@ class Images(Dataset):
     def __init__(self, path, *, transform=None, image_decoder="pillow", skip_bad=False):
         self.path, self.transform, self.skip_bad = str(path), transform, skip_bad
         self.decode = IMAGE_DECODERS[image_decoder]
+        self.replaced, self.noted = set(), False  # what ImageLoaders have reported, see there
         self.index = self.find()
         self.classes = self.index.classes
         self.class_to_idx = {name: i for i, name in enumerate(self.classes)}
@@ -90,6 +90,10 @@ class Images(Dataset):
         image = self.load(index)
         return (image if self.transform is None else self.transform(image)), self.target(index)
 
+    def source(self, index):
+        """The store that holds an image, and the image's index there."""
+        return self, index
+
     def target(self, index):
         """The class of an image, as a number."""
         index = range(len(self))[index]
@@ -110,7 +114,8 @@ class Images(Dataset):
         try:
             return self.decode(self.read(index))
         except Exception as error:  # decoders raise anything for damaged bytes
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            reason = " ".join(reason.split())
             raise ImageError(f"cannot read the image {self.name(index)}: {reason}") from None
 
 
@@ -118,74 +123,6 @@ def evenly_spaced(n, most):
     """At most so many evenly spaced numbers of range(n)."""
     count = min(n, most)
     return [i * n // count for i in range(count)]
-
-
-def printable(text):
-    """Text on one line, with escapes for file names that are not valid Unicode."""
-    return text.encode(errors="backslashreplace").decode().replace("\n", "\\n")
-
-
-def check_classes(path, class_folders, classes):
-    """Refuses a store without images, or with a class folder that holds none, as ImageFolder does.
-    classes: the names of the class folders that hold images."""
-    if not classes:
-        reason = "holds no images in its class folders" if class_folders else "has no class folders"
-        raise InputError(f"{path} {reason}: expected CLASS/IMAGE ({', '.join(IMG_EXTENSIONS)})")
-    empty = sorted(set(class_folders) - set(classes))
-    if empty:
-        more = f" ({len(empty)} such)" if len(empty) > 1 else ""
-        raise InputError(f"{path}: no image in the class folder {empty[0]}{more}")
-
-
-# -------------------------------------------------------------------------------------------------
-
-
-def decode_by_pillow(data):
-    """Encoded image -> Pillow's RGB, as torchvision's ImageFolder loads it: orientation tags are
-    ignored."""
-    return Image.open(io.BytesIO(data)).convert("RGB")
-
-
-def decode_by_torchcodec(data):
-    """Encoded image -> uint8 (3, H, W) with the same pixels as Pillow's. Pillow decodes everything
-    but intact JPEGs in grey or RGB."""
-    from torchcodec.decoders import decode_jpeg  # optional; see `check_decoder`
-
-    if data.startswith(b"\xff\xd8\xff"):
-        with contextlib.suppress(RuntimeError):  # Pillow decodes some damaged images
-            encoded = torch.frombuffer(without_orientation(data), dtype=torch.uint8)
-            image = decode_jpeg(encoded, mode="UNCHANGED")
-            if len(image) in (1, 3):  # grey or RGB
-                return image.expand(3, -1, -1)
-    return decode_by_pillow(data)
-
-
-def without_orientation(data):
-    """A copy of a JPEG in which the APP1 segments, where cameras write the orientation, are
-    comments. torchcodec would rotate the image; ImageFolder does not."""
-    data, position = bytearray(data), 2
-    while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
-        if data[position + 1 : position + 2] == b"\xff":  # padding before a marker
-            position += 1
-            continue
-        if data[position + 1 : position + 2] == b"\xe1":
-            data[position + 1] = 0xFE
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return data
-
-
-IMAGE_DECODERS = {"pillow": decode_by_pillow, "torchcodec": decode_by_torchcodec}
-
-
-def check_decoder(name):
-    """Refuses a decoder that is not installed, or does not load."""
-    if name == "torchcodec":
-        try:
-            from torchcodec.decoders import decode_jpeg  # noqa: F401
-        except (ImportError, OSError, RuntimeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            advice = "pip install a torchcodec that fits this torch, or use pillow"
-            raise InputError(f"torchcodec does not load ({reason}); {advice}") from None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -196,16 +133,18 @@ class Index:
 
     names: all entries as one uint8 array. starts: (n + 1,) int64, where each entry starts in names.
     places: (n, ...) int64, where each image lies, as the store understands it. origin: what the
-    index was made of. folder: where the index is saved, or None."""
+    index was made of. left_out: numbers and kinds of the files that are no images, as text. folder:
+    where the index is saved, or None."""
 
     ARRAYS = {"names": np.uint8, "starts": np.int64, "places": np.int64}
 
-    def __init__(self, classes, counts, origin, arrays, folder=None):
+    def __init__(self, classes, counts, origin, arrays, left_out="", folder=None):
         self.classes, self.counts, self.origin, self.folder = classes, counts, origin, folder
+        self.left_out = left_out
         self.names, self.starts, self.places = arrays
 
     @classmethod
-    def make(cls, groups, origin=None):
+    def make(cls, groups, origin=None, left_out=""):
         """An index in memory. groups: (class, entries as bytes, their places) in ImageFolder's
         order, where each class comes once or several times in a row."""
         counts, names, lengths, places = {}, [], [[0]], []
@@ -217,7 +156,7 @@ class Index:
         names = np.frombuffer(b"".join(names), np.uint8)
         starts = np.concatenate(lengths).cumsum()
         arrays = names, starts, np.concatenate(places)
-        return cls(list(counts), list(counts.values()), origin, arrays)
+        return cls(list(counts), list(counts.values()), origin, arrays, left_out)
 
     def entry(self, index):
         """CLASS/.../IMAGE."""
@@ -225,7 +164,8 @@ class Index:
 
     def head(self):
         """The fields that are not arrays, and a checksum of all fields."""
-        head = {"classes": self.classes, "counts": self.counts, "origin": self.origin}
+        names = ("classes", "counts", "origin", "left_out")
+        head = {name: getattr(self, name) for name in names}
         checksum = zlib.crc32(json.dumps(head).encode())
         for name in self.ARRAYS:
             checksum = zlib.crc32(getattr(self, name), checksum)
@@ -247,7 +187,8 @@ class Index:
     def checked(cls, head, arrays, folder=None):
         """The index with this head and these arrays. A ValueError, LookupError or TypeError where
         it is damaged."""
-        index = cls(head["classes"], head["counts"], head["origin"], arrays, folder)
+        fields = head["classes"], head["counts"], head["origin"], arrays, head["left_out"]
+        index = cls(*fields, folder)
         if index.head() != head:
             raise ValueError("the checksum is wrong")
         return index
@@ -283,16 +224,19 @@ class FolderImages(Images):
     """A folder as torchvision's ImageFolder reads: path/class/.../image."""
 
     def find(self):
-        class_folders = sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir())
-        start = len(os.path.join(self.path, ""))
-        groups = []
-        for name in class_folders:
-            found = make_dataset(self.path, {name: 0}, IMG_EXTENSIONS, allow_empty=True)
-            if found:
-                entries = [os.fsencode(path[start:]) for path, _ in found]
-                groups.append((name, entries, np.empty((len(entries), 0), np.int64)))
-        check_classes(self.path, class_folders, [name for name, _, _ in groups])
-        return Index.make(groups)
+        files, folders, broken = list_folder(self.path)
+        # With --skip_bad_images, an image that a broken link stands for is a damaged image.
+        refused = [link for link in broken if not (self.skip_bad and is_image_file(link))]
+        if refused:
+            link, more = refused[0], f" ({len(refused)} such links)" * (len(refused) > 1)
+            target = f"is a link to {broken[link]}, which can't be opened{more}"
+            raise InputError(printable(f"{self.path}/{link} {target}: mend or delete it"))
+        groups, left_out = find_layout(self.path, files, folders, root=[])
+        groups = (
+            (name, [os.fsencode(f"{folder}/{n}") for n in names], np.empty((len(names), 0), int))
+            for name, _, folder, names in groups
+        )
+        return Index.make(groups, left_out=left_out)
 
     def read(self, index):
         with open(f"{self.path}/{self.index.entry(index)}", "rb") as file:
@@ -310,13 +254,6 @@ class TarImages(Images):
     share."""
 
     def find(self):
-        index = self.find_index()
-        if len(index.classes) == 1:
-            only = printable(index.classes[0])
-            say(f"note: all images of {self.path} are of one class, {only}")
-        return index
-
-    def find_index(self):
         """The archive's index. A new one is saved beside the archive or in the user's cache; where
         neither can be written to, the index stays in memory."""
         origin = self.origin()
@@ -324,9 +261,8 @@ class TarImages(Images):
         for folder in folders:
             if index := Index.load(folder, origin):
                 return index
-        class_folders, groups = find_images(self.path)
-        index = Index.make(groups, origin)
-        check_classes(self.path, class_folders, index.classes)
+        groups, left_out = find_images(self.path)
+        index = Index.make(groups, origin, left_out)
         if self.origin() != origin:
             raise InputError(f"{self.path} changed while it was read: is it still being written?")
         for folder in folders:
@@ -339,7 +275,7 @@ class TarImages(Images):
         """What tells the archive from others: size, time of the last change, and which file names
         count as images."""
         stat = os.stat(self.path)
-        return [stat.st_size, stat.st_mtime_ns, *IMG_EXTENSIONS]
+        return [stat.st_size, stat.st_mtime_ns, *IMG_EXTENSIONS, *sorted(SYSTEM_FOLDERS)]
 
     @cached_property
     def file(self):
@@ -415,12 +351,6 @@ def open_environment(path, identity):
     return environment
 
 
-def identify(path):
-    """(device, inode) of a file: other files have another pair."""
-    stat = os.stat(path)
-    return stat.st_dev, stat.st_ino
-
-
 def lmdb_key(number):
     """The key of an image. Its value is the encoded image."""
     return number.to_bytes(8, "big")
@@ -449,8 +379,8 @@ class LmdbImages(Images):
                 return Index.checked(head, arrays)
             except (ValueError, LookupError, TypeError):
                 raise InputError(
-                    f"{self.path} was not made by scripts/pack.py, or by its version 0.1.0, "
-                    "or is damaged: pack the images again"
+                    f"{self.path} was not made by scripts/pack.py, or by an old version of it "
+                    "(0.1.0), or is damaged: pack the images again"
                 ) from None
 
     def __getstate__(self):

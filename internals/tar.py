@@ -7,9 +7,9 @@ from array import array
 from collections import defaultdict
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 from tqdm import tqdm
 
+from internals.layout import find_layout
 from Utils import InputError
 
 SPARSE = -1  # instead of the size: a file whose holes the archive leaves out
@@ -129,47 +129,24 @@ def check_end(file, position):
 
 
 def find_images(path):
-    """The images in a TAR archive: the names of all class folders, and groups of images in
-    ImageFolder's order, as Index.make takes them. The class folders lie in the longest folder that
-    all images share."""
+    """The images in a TAR archive: groups of images in ImageFolder's order, as Index.make takes
+    them, and the numbers and kinds of all other files, as text. The class folders lie in the
+    longest folder that all images share."""
     contents = Contents(path)
-    parts = {  # {folder with images: the names on the path to it}
-        folder: folder.split("/") if folder else []
-        for folder, names in contents.files.items()
-        if any(map(is_image_file, names))
-    }
-    if not parts:
-        raise InputError(f"{path} holds no images ({', '.join(IMG_EXTENSIONS)})")
-    root = os.path.commonprefix(list(parts.values()))
-    if root in parts.values():  # images lie in the root itself: fine if it is the only class
-        if len(parts) > 1 or not root:
-            stray = next(filter(is_image_file, contents.files["/".join(root)]))
-            raise InputError(
-                f"{path} holds images outside of class folders: "
-                f"expected .../class/image, found {'/'.join([*root, stray])}"
-            )
-        root = root[:-1]
-    depth = len(root)
-    class_folders = {names[depth] for names in parts.values()}
-    for folder in contents.folders:
-        *parent, name = folder.split("/")
-        if parent == root and name != ".":
-            class_folders.add(name)
-    return class_folders, image_groups(path, contents, parts, depth)
+    layout, left_out = find_layout(path, contents.files, contents.folders)
+    return image_groups(path, contents, layout), left_out
 
 
-def image_groups(path, contents, parts, depth):
-    """Yields (class, entries, places) of each folder with images. The classes are the names at
-    `depth` of the folders' paths."""
+def image_groups(path, contents, layout):
+    """Yields (class, entries, places) of each folder with images."""
     places = np.frombuffer(contents.places, np.int64).reshape(-1, 3)
-    for folder in sorted(parts, key=lambda folder: (parts[folder][depth], folder)):
+    for class_name, below, folder, names in layout:
         files = contents.files.pop(folder)  # frees the memory on the way
-        names = sorted(filter(is_image_file, files))
-        entries = ["/".join([*parts[folder][depth:], name]) for name in names]
+        entries = [f"{below}/{name}" for name in names]
         rows = [files[name] for name in names]
         if NO_FILE in rows:
             raise InputError(
                 f"{path}: {entries[rows.index(NO_FILE)]} is a link, the archive does not hold its "
                 "image; make the archive with tar -h, which follows links"
             )
-        yield parts[folder][depth], list(map(os.fsencode, entries)), places[rows]
+        yield class_name, list(map(os.fsencode, entries)), places[rows]

@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 
 import _path  # noqa: F401 (makes the modules importable)
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from internals.decoding import NOTE, open_image
 from internals.parsing import SWITCH, Parser, real, whole
 from internals.plots import NORMALIZED, picture_grid
 from internals.processes import run_command
@@ -18,7 +18,7 @@ from internals.weights import SOURCES, load_model
 from IO import check_mask_ratio, height_and_width
 from Models import completions, in_precision
 from Samplers import code_passes
-from Utils import InputError, Stream, fastest_dtype, mix_seeds
+from Utils import InputError, Stream, fastest_dtype, mix_seeds, say
 from Validation import prepare
 
 CODES_PER_PASS = 16
@@ -67,6 +67,10 @@ def draw(args):
     if args.norm_pix_loss is not None:
         overrides["norm_pix_loss"] = bool(args.norm_pix_loss)
     pictures = [open_picture(path) for path in args.pictures]
+    for path, picture in zip(args.pictures, pictures, strict=True):
+        if NOTE in picture.info:
+            say(f"note: {path}: {picture.info[NOTE]}")
+            break
     model = load_model(args.model, **overrides).to(device).eval()
     check_mask_ratio(args.mask_ratio, math.prod(model.config.grid))
     if args.mosaic and not model.code_dim:
@@ -101,22 +105,10 @@ def draw(args):
 def open_picture(path):
     """Reads a picture of any mode as RGB, turned as its EXIF data say, on a white background."""
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith(("I", "F")):  # 16 bits, or floats of any range
-                numbers = np.asarray(picture.convert("F"))
-                low, high = (0, 65535) if "16" in picture.mode else (numbers.min(), numbers.max())
-                if not np.isfinite(numbers).all():
-                    raise ValueError("it holds numbers that are not finite")
-                gray = (numbers - low) * (255 / max(high - low, 1e-9))
-                return Image.fromarray(gray.round().astype(np.uint8)).convert("RGB")
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read the picture {path}: {error}") from None
+        return open_image(Path(path).expanduser().read_bytes(), upright=True)
+    except Exception as error:  # decoders raise anything for damaged bytes
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise InputError(f"cannot read the picture {path}: {' '.join(reason.split())}") from None
 
 
 def most_different_codes(model, image, noise, seed, n_codes, mask_ratio):

@@ -21,10 +21,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from Data import open_images
+from Data import contents, open_images
+from internals.decoding import NOTE
 from internals.processes import end_workers_at_exit, ignore_stop_signals, run_command
 from internals.stores import Index, LmdbImages, TarImages, lmdb_key
-from Utils import InputError, say, write_atomically
+from Utils import InputError, printable, say, write_atomically
 
 BATCH = 64  # images that a worker sends at a time
 TRANSACTION = 2**26  # bytes that are written to an LMDB at a time
@@ -72,7 +73,7 @@ def pack(source, out, size=None, num_workers=None):
         raise InputError(f"{out}: another process is packing it") from None
     except (OSError, lmdb.Error) as error:
         raise InputError(f"cannot write {out}: {error}") from None
-    say(f"packed: {len(images)} images in {len(images.classes)} classes, checked, in {out}")
+    say(f"packed, and checked, in {out}: {contents(images)}")
 
 
 def check_arguments(out, size, num_workers):
@@ -90,7 +91,8 @@ def check_arguments(out, size, num_workers):
 
 
 class Encoded(Dataset):
-    """Items (entry, encoded image). size: the longest allowed shorter side, in pixels, or None."""
+    """Items (entry, encoded image, its decoder's note or None). size: the longest allowed shorter
+    side, in pixels, or None."""
 
     def __init__(self, images, size):
         self.images, self.size = images, size
@@ -99,20 +101,23 @@ class Encoded(Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        content = self.images.read(index)
+        content, note = self.images.read(index), None
         if self.size is not None:
             image = self.images.load(index)
             if min(image.size) > self.size:
+                note = image.info.get(NOTE)
                 file = io.BytesIO()
                 image = F.resize(image, [self.size], InterpolationMode.BICUBIC)
                 image.save(file, "jpeg", quality=95)
                 content = file.getvalue()
-        return os.fsencode(self.images.entry(index)), content
+        return os.fsencode(self.images.entry(index)), content, note
 
 
 def encoded(images, size, num_workers):
-    """Yields (entry, encoded image) of all images in order, with a progress bar."""
+    """Yields (entry, encoded image) of all images in order, with a progress bar. Prints the first
+    note of the decoder."""
     end_workers_at_exit()
+    noted = False
     batches = DataLoader(
         Encoded(images, size),
         batch_size=BATCH,
@@ -122,7 +127,11 @@ def encoded(images, size, num_workers):
     )
     with tqdm(total=len(images), desc="packing", unit=" images", disable=None) as bar:
         for batch in batches:
-            yield from batch
+            for entry, content, note in batch:
+                if note and not noted:
+                    noted = True
+                    say(f"note: {printable(os.fsdecode(entry))}: {note}")
+                yield entry, content
             bar.update(len(batch))
 
 

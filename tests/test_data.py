@@ -12,10 +12,12 @@ import multiprocessing
 import os
 import pickle
 import random
+import struct
 import subprocess
 import sys
 from collections import Counter
 
+import complete
 import numpy as np
 import pack  # noqa: E402 (the line above makes it importable)
 import pytest
@@ -32,7 +34,7 @@ from torchvision.transforms import v2 as T
 import Augmentation
 import Data
 import IO
-from internals import processes, stores
+from internals import decoding, processes, stores
 from Utils import InputError, seeded
 
 LONG = "/".join(["long" * 30] * 3)  # longer than any header field of a TAR
@@ -42,7 +44,7 @@ NAMES = (
 ).split() + ["a b/c d.png"]
 DECODERS = ["pillow"]
 with contextlib.suppress(InputError):  # not installed, or made for another torch
-    stores.check_decoder("torchcodec")
+    decoding.check_decoder("torchcodec")
     DECODERS.append("torchcodec")
 POOL = {"seed": 3, "shuffle": True, "fix_mask_noise": False, "n_patches": 5}
 
@@ -287,7 +289,6 @@ def odd_images(photo):
     made = {f"{mode}.jpg": encoded(photo.convert(mode), "jpeg") for mode in ("CMYK", "L", "RGB")}
     made |= {f"{n}.jpg": encoded(photo, "jpeg", subsampling=n) for n in (0, 1)}
     made |= {f"{m}.png": encoded(photo.convert(m), "png") for m in ("1", "L", "LA", "P", "RGBA")}
-    sixteen = Image.fromarray(np.array(grey).astype(np.uint16) * 2)
     whole, in_exif = encoded(photo, "jpeg", quality=90), encoded(photo, "jpeg", exif=turned)
     return made | {
         "progressive.jpg": encoded(photo, "jpeg", progressive=True),
@@ -295,9 +296,6 @@ def odd_images(photo):
         # Behind another segment and a marker that is filled up.
         "turned late.jpg": in_exif[:2] + b"\xff\xfe\0\x0aa commen\xff\xff" + in_exif[2:],
         "turned.png": encoded(photo, "png", exif=turned),
-        "sixteen.png": encoded(sixteen, "png"),
-        "sixteen.tiff": encoded(sixteen, "tiff"),
-        "float.tiff": encoded(grey.convert("F"), "tiff"),
         "transparent.png": encoded(palette, "png", transparency=bytes(range(16))),
         "transparent one.png": encoded(palette, "png", transparency=3),
         "a png.JPEG": encoded(photo, "png"),
@@ -347,11 +345,84 @@ def test_odd_images_are_the_same_in_each_store_as_in_image_folder(tmp_path, phot
                 with pytest.raises(stores.ImageError) as refusal:
                     images.load(i)
                 (line,) = str(refusal.value).splitlines()
-                assert str(path) in line and f"a/{name}: " in line
+                assert str(path) in line and f"a/{name}: " in line and "BytesIO" not in line
                 refused.add(name)
             else:
                 assert np.array_equal(pixels(images.load(i)), expected[i][0]), name
     assert refused == damaged.keys()
+
+
+def tiff(numbers, order="<", white=1):
+    """A grey TIFF of any type of number, in either byte order; white=0: white is zero."""
+    height, width = numbers.shape
+    data = numbers.astype(numbers.dtype.newbyteorder(order)).tobytes()
+    bits, sample = 8 * numbers.dtype.itemsize, "uif".index(numbers.dtype.kind) + 1
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: white, 273: 8, 277: 1, 278: height}
+    tags |= {279: len(data), 339: sample}
+    entries = [struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags.items()]
+    start = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HI", 42, 8 + len(data))
+    return start + data + struct.pack(f"{order}H", len(tags)) + b"".join(entries) + bytes(4)
+
+
+def grey_images():
+    """{name: (encoded image, the 8 bits that it should become)} of grey images with more bits."""
+    values = np.arange(48).reshape(6, 8) * 5  # 0 to 235
+    own = (values * (255 / 235)).round()
+    sixteen, turned = Image.fromarray((257 * values).astype(np.uint16)), Image.Exif()
+    turned[0x0112] = 6
+    pgm = b"P5\n8 6\n65535\n" + (257 * values).astype(">u2").tobytes()
+    twelve = b"P5\n8 6\n4095\n" + (values * 4095 // 255).astype(">u2").tobytes()
+    made = {"16.png": (encoded(sixteen, "png"), values), "16.pgm": (pgm, values)}
+    made |= {"12.pgm": (twelve, values), "16.webp": (encoded(sixteen, "png", exif=turned), values)}
+    made["white.tif"] = tiff((257 * values).astype("u2"), white=0), 255 - values
+    made["float.png"] = encoded(Image.fromarray(values.astype("f4") / 1e4 - 3), "tiff"), own
+    made["pfm.ppm"] = b"Pf\n8 6\n-1\n" + values[::-1].astype("<f4").tobytes(), own
+    made["flat.tif"] = tiff(np.full((6, 8), 7, "f4")), 0 * values
+    made["large.tif"] = tiff((values.astype("u8") * 10**7).astype("u4")), own  # 2**31 and more
+    for order in "<>":
+        made[f"u2{order}.tif"] = tiff((257 * values).astype("u2"), order), values
+        made[f"i2{order}.tif"] = tiff((257 * values - 32768).astype("i2"), order), values
+        made[f"i4{order}.tif"] = tiff((values - 100).astype("i4"), order), own
+        made[f"f4{order}.tif"] = tiff((values / 1000).astype("f4"), order), own
+    return made
+
+
+def test_grey_images_of_more_bits_are_scaled_alike_by_training_packing_and_completing(tmp_path):
+    expected, folder = grey_images(), make_folder(tmp_path / "train", ["b/1.png"])
+    (folder / "a").mkdir()
+    for name, (content, _) in expected.items():
+        (folder / "a" / name).write_bytes(content)
+    pack.pack(folder, tmp_path / "x.lmdb")
+    pack.pack(folder, tmp_path / "small.tar", size=5, num_workers=0)
+    for path, decoder in itertools.product([folder, tmp_path / "x.lmdb"], DECODERS):
+        images = Data.open_images(path, image_decoder=decoder)
+        packed = Data.open_images(tmp_path / "small.tar", image_decoder=decoder)
+        for i, name in enumerate(sorted(expected)):
+            right = expected[name][1].astype(np.uint8)
+            assert np.array_equal(pixels(images.load(i)), np.stack([right] * 3, 2)), name
+            small = Image.fromarray(right).resize((6, 5), Image.Resampling.BICUBIC)
+            assert np.abs(pixels(packed.load(i))[..., 0] - np.array(small, int)).max() < 12, name
+    for name, (content, right) in expected.items():
+        shown = complete.open_picture(folder / "a" / name)
+        upright = np.rot90(right, -1) if b"eXIf" in content else right
+        assert np.array_equal(np.asarray(shown)[..., 0], upright), name
+    (folder / "a/16.png").write_bytes(tiff(np.array([[0, np.nan]], "f4")))
+    with pytest.raises(decoding.InputError, match="a/16.png: it holds numbers that are not finite"):
+        complete.open_picture(folder / "a/16.png")
+
+
+def test_a_picture_beyond_pillow_s_limit_is_refused_by_each_decoder(tmp_path, photo, monkeypatch):
+    (tmp_path / "a").mkdir()
+    for name, size in {"0.jpg": (50, 20), "1.jpg": (50, 39), "2.jpg": (50, 41)}.items():
+        photo.resize(size).save(tmp_path / "a" / name)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for decoder in DECODERS:
+        images = Data.open_images(tmp_path, image_decoder=decoder)
+        images.load(0)
+        with pytest.warns(Image.DecompressionBombWarning):
+            images.load(1)
+        with pytest.raises(stores.ImageError, match="2.jpg: .*2050 pixels.* 2000 .*smaller"):
+            images.load(2)
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "webp", "tiff", "gif", "bmp"])
@@ -383,10 +454,10 @@ def test_torchcodec_s_pipeline_differs_from_pillow_s_by_rounding(photo, name):
     differences = []
     for seed in range(20):
         with seeded(seed):
-            pillow = transform(stores.decode_by_pillow(content))
+            pillow = transform(decoding.open_image(content))
             after = torch.rand(1)
         with seeded(seed):
-            tensor = transform(stores.decode_by_torchcodec(content))
+            tensor = transform(decoding.decode_by_torchcodec(content))
             assert torch.rand(1) == after
         differences.append((pillow.int() - tensor.int()).abs().float())
     differences = torch.stack(differences)
@@ -446,9 +517,9 @@ def test_skip_bad_images_replaces_by_the_next_of_the_class_up_to_one_in_a_thousa
         loader = Data.ImageLoader(images, resize, num_workers=num_workers)
         for _ in range(2):  # bad images are told of once
             assert torch.equal(load_all(loader, indices, indices, 64), torch.stack(expected))
-        assert loader.replaced == replaced.keys()
+        assert images.replaced == replaced.keys()
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
-    assert len(lines) == 4
+    assert len(lines) == 2
     assert "c0/1000.png: " in lines[0] and "; 1 of 2000 images replaced" in lines[0]
     (thousand / "c1/0001.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"3 of 2000 images .* more than 0.1%.*c1/0001.png"):
@@ -467,6 +538,20 @@ def test_in_a_subset_a_damaged_image_is_replaced_from_the_subset(thousand):
     items = Data.SeededImages(subset, Augmentation.resize((2, 3)))
     assert items[chosen[2], 0][1] and not items[chosen[0], 0][1]
     assert torch.equal(items[chosen[2], 0][0], items[chosen[0], 0][0])
+
+
+def test_damaged_images_of_subsets_count_together_against_the_whole_data_set(thousand, capsys):
+    images, indices = Data.open_images(thousand, skip_bad_images=True), torch.arange(4)
+    resize, shots = Augmentation.resize((2, 3)), [Data.few_shot(images, 4, 1, s) for s in range(3)]
+    bad = {subset.indices[0] for subset in shots}
+    assert len(bad) == 3
+    for index in bad:
+        (thousand / images.entry(index)).write_bytes(b"")
+    for subset in shots[:2]:  # whose only image of c0 is damaged: one from outside the subset
+        load_all(Data.ImageLoader(subset, resize, num_workers=0), indices, indices)
+    assert "2 of 2000 images replaced so far" in capsys.readouterr().err
+    with pytest.raises(InputError, match="3 of 2000 images .* can't be read, more than 0.1%"):
+        load_all(Data.ImageLoader(shots[2], resize, num_workers=0), indices, indices)
 
 
 def test_a_class_without_one_sound_image_is_an_error(thousand):

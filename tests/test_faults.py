@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -1029,3 +1030,103 @@ def test_the_folder_of_another_run_in_the_way__is_refused_and_left_as_it_is(copi
 def test_the_table_of_faults_is_made_of_these_names():
     done = command(program=(sys.executable, "scripts/fault_table.py"))
     assert (ROOT / "docs/faults.md").read_text() == done.stdout
+
+
+# -------------------------------------------------------------------------------------------------
+# What real data hold.
+
+QUICK = [*TINY, "--ignore_z", 1, "--epochs", 1, "--ex_for_vis_te", 0]
+NO_PROBE = ["--fast_linear_probe", 0, "--steps_per_eval", 0]
+
+
+def grey_images(root, numbers, names=("a/0.png", "a/1.png", "b/0.png", "b/1.png")):
+    """A folder of images of these numbers (height, width)."""
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.roll(numbers, i, axis=1)).save(root / name)
+    return root
+
+
+def test_grey_images_of_16_bits__train_as_the_same_in_8_bits_and_their_range_is_told_once(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (32, 32))
+    folders = {
+        8: grey_images(tmp_path / "8/data", values.astype(np.uint8)),
+        16: grey_images(tmp_path / "16/data", (values * 257).astype(np.uint16)),
+    }
+    for bits, data in folders.items():
+        flags = ["--data_tr", data, "--data_val", data, "--num_workers", 1, "--save_folder"]
+        done = command(*QUICK, *flags, tmp_path / f"{bits}/runs")
+        notes = [line for line in done.stdout.splitlines() if "grey values are 16 bits" in line]
+        assert len(notes) == (2 if bits == 16 else 0)  # one for each of the data sets
+        assert all(", here from 0 to 65,535; " in note for note in notes)
+    assert_same_run(*(run_folder(tmp_path / f"{bits}/runs") for bits in folders))
+
+
+def test_one_damaged_image_of_thousands_in_the_probe_s_subset__is_replaced(tmp_path):
+    names = [f"{c}/{i:04}.png" for c in "ab" for i in range(510)]
+    data = grey_images(tmp_path / "data", np.zeros((2, 2), np.uint8), names)
+    bad = Path(Data.few_shot(Data.open_images(data), 2, 3, 0).name(0))
+    bad.write_bytes(b"")
+    flags = ["--data_tr", data, "--data_val", data, "--val_n_shot", 3, "--save_folder", tmp_path]
+    done = command(*QUICK, *flags, "--skip_bad_images", 1)
+    assert f"{bad}: cannot identify" in done.stderr and "1 of 1020 images" in done.stderr
+
+
+def test_files_of_macOS_Jupyter_and_the_like__are_left_out_and_told_with_their_number(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
+    clean, data = (grey_images(tmp_path / name / "data", values) for name in ("clean", "mac"))
+    copies = [".ipynb_checkpoints/0.png", "a/.ipynb_checkpoints/0-checkpoint.png"]
+    grey_images(data, values, [*copies, "__MACOSX/data/a/0.png"])
+    for name in ("._a", "a/._0.png", "b/.DS_Store", "b/1.avif"):
+        (data / name).write_bytes(b"Mac OS X")
+    archive = tmp_path / "mac/data.tar"
+    subprocess.run(["tar", "-C", data.parent, "-cf", archive, "data"], check=True)
+    done = {}
+    for name, path in {"clean": clean, "folder": data, "tar": archive}.items():
+        flags = ["--data_tr", path, "--data_val", clean, "--save_folder", tmp_path / name / "runs"]
+        done[name] = command(*QUICK, *NO_PROBE, *flags).stdout.splitlines()[0]
+    assert done["clean"] == "training: 4 images, 2 classes (a, b)"
+    for name in ("folder", "tar"):
+        assert done[name].startswith(f"{done['clean']}; left out: 6 hidden (such as ")
+        assert done[name].endswith("), 1 .avif")
+        assert_same_run(run_folder(tmp_path / "clean/runs"), run_folder(tmp_path / name / "runs"))
+
+
+def test_data_laid_out_by_another_tool__are_refused_in_one_line_with_what_to_do(tmp_path):
+    image = np.zeros((8, 8), np.uint8)
+    splits = grey_images(tmp_path / "all", image, ["train/a/0.png", "val/a/0.png"])
+    flat = grey_images(tmp_path / "flat", image, ["ILSVRC2012_val_00000001.png"])
+    for data, words in (splits, "name one of these folders"), (flat, "valprep.sh"):
+        done = command(*QUICK, "--data_tr", data, "--save_folder", tmp_path, check=False)
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 2 and line.startswith(f"error: --data_tr: {data} holds ")
+        assert words in line
+
+
+LOAD = """
+import sys, torch, Augmentation, Data
+images, transform = Data.open_images(sys.argv[1]), Augmentation.resize((512, 512))
+loader, n = Data.ImageLoader(images, transform, num_workers=2), torch.arange(80) % 4
+sizes = [batch.nbytes for _, batch in loader.chunks(n, n, 40)]
+print(sizes)
+"""
+
+
+def in_small_memory(size, *program):
+    """Runs a program of the repository where /dev/shm has this size, as in a container."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount")
+    mount = f'mount -t tmpfs -o size={size} shm /dev/shm && exec {sys.executable} "$@"'
+    return command(*program, program=("unshare", "-rm", "sh", "-c", mount, "sh"), check=False)
+
+
+@LINUX
+def test_a_small_dev_shm__suffices_or_a_line_names_shm_size_and_num_workers(tmp_path):
+    data = grey_images(tmp_path / "data", np.zeros((8, 8), np.uint8))
+    done = in_small_memory("24m", "-c", LOAD, data)  # 31 MB in a batch, 17 MB in flight
+    assert done.stdout == "[31457280, 31457280]\n", done.stderr
+    flags = [*QUICK, *NO_PROBE, "--data_tr", data, "--data_val", data, "--save_folder", tmp_path]
+    done = in_small_memory("100k", "TrainIMLE.py", *flags, "--num_workers", 2, "--input_size", 512)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: ") and "--shm-size" in line and "--num_workers 0" in line

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import struct
@@ -34,8 +35,6 @@ from Utils import InputError
 
 ODD_NAMES = [
     *NAMES,
-    "cat/.hidden.png",
-    ".dogs/1.png",
     "cat/UPPER.PNG",
     "cat/n.JPEG",
     "cat/x.tar.jpg",
@@ -318,10 +317,165 @@ def test_an_empty_class_folder_is_refused_in_a_tar_as_in_a_folder(tmp_path):
             Data.open_images(path)
 
 
-def test_a_tar_of_one_class_says_so(tmp_path, capsys):
-    folder = make_folder(tmp_path / "train", ["a/1.png"])
-    Data.open_images(tar_of(folder))
-    assert "of one class, a" in capsys.readouterr().out
+# -------------------------------------------------------------------------------------------------
+# Files that are no images of the user's, and layouts that other tools made.
+
+HIDDEN = (
+    "._a.png .git/a/1.png __MACOSX/train/a/._1.png .ipynb_checkpoints/1-checkpoint.png "
+    "a/._1.png a/.ipynb_checkpoints/1-checkpoint.png a/@eaDir/1.png/thumb.jpg lost+found/1.png "
+    "b/c/.x.png .Trash/x/y/z.png"
+).split()
+
+
+def each_store(folder):
+    """The paths of a folder, of a TAR of it, and of a TAR of what it holds."""
+    inner = tar(folder.with_name("inner.tar"), "-C", folder, *sorted(os.listdir(folder)))
+    return folder, tar_of(folder), inner
+
+
+def test_hidden_files_are_left_out_of_every_store_and_told_with_their_number(tmp_path, capsys):
+    clean = make_folder(tmp_path / "clean", SMALL)
+    folder = make_folder(tmp_path / "train", [*SMALL, *HIDDEN])
+    for name in ("a/1.avif", "a/2.AVIF", "b/c/notes.txt", "b/Makefile", "x.txt"):
+        (folder / name).write_bytes(b"")
+    (folder / ".idea").mkdir()  # empty
+    for path in each_store(folder):
+        assert_equals_image_folder(Data.open_images(path), clean)
+        for _ in range(2):  # the second time, a TAR's index was read
+            Data.open_pair(path, path)
+            first, second = capsys.readouterr().out.splitlines()
+            assert first.startswith("training: 4 images, 2 classes (a, b); left out: 10 hidden")
+            assert first.endswith("), 2 .avif, 2 .txt, 1 without ending")
+            assert second.replace("validation", "training") == first
+        pack.pack(path, tmp_path / "x.lmdb")
+        assert "4 images, 2 classes (a, b); left out: 10 hidden" in capsys.readouterr().out
+        assert_equals_image_folder(Data.open_images(tmp_path / "x.lmdb"), clean)
+        (tmp_path / "x.lmdb").unlink()
+    make_folder(folder, ["stray.png"])
+    assert "1 images outside of class folders" in Data.contents(Data.open_images(folder))
+
+
+def test_names_above_the_root_may_begin_with_a_dot(tmp_path):
+    folder = make_folder(tmp_path / ".data/lost+found/train", [*SMALL, "a/.x.png"])
+    assert len(Data.open_images(folder)) == 4
+    for arguments in (["-C", tmp_path, ".data"], ["-C", tmp_path / ".data", "lost+found"]):
+        assert len(Data.open_images(tar(tmp_path / "x.tar", *arguments))) == 4
+
+
+def test_an_index_that_was_made_before_hidden_files_were_left_out_is_made_anew(tmp_path):
+    path = tar_of(make_folder(tmp_path / "train", [*SMALL, "a/._1.png"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("internals.layout.hidden", lambda name: False)
+        patch.setattr("internals.stores.SYSTEM_FOLDERS", ())
+        assert len(Data.open_images(path)) == 5
+    assert len(Data.open_images(path)) == 4
+
+
+def test_the_start_line_names_images_classes_and_the_data_that_a_subset_is_of(tmp_path, capsys):
+    folder = make_folder(tmp_path / "train", [f"{i}/{j}.png" for i in range(10) for j in "xy"])
+    assert Data.contents(Data.open_images(folder)) == "20 images, 10 classes (0, 1, ... 9)"
+    Data.open_pair(folder, folder, n_way=1, n_shot=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "training: 1 images, 1 class (0), of 20 images, 10 classes"
+    assert lines[1] == "validation: 2 images, 1 class (0), of 20 images, 10 classes"
+
+
+def refusal(path, **options):
+    """The line that refuses a data set."""
+    with pytest.raises(InputError) as refused:
+        Data.open_images(path, **options)
+    (line,) = str(refused.value).splitlines()
+    return line
+
+
+def in_bash(commands, cwd):
+    subprocess.run(["bash", "-ec", commands], cwd=cwd, check=True, capture_output=True)
+
+
+def test_imagenet_s_archive_of_archives_comes_with_the_commands_that_unpack_it(tmp_path):
+    folder = make_folder(tmp_path / "of archives/train", ["n01/1.png", "n02/1.png"])
+    for name in ("n01", "n02"):
+        tar(tmp_path / "of archives" / f"{name}.tar", "-C", folder / name, "1.png")
+    whole = tar(
+        tmp_path / "ILSVRC2012 train.tar", "-C", tmp_path / "of archives", "n01.tar", "n02.tar"
+    )
+    line = refusal(whole)
+    assert "holds 2 archives, no images; if each is a class: mkdir " in line
+    in_bash(line.partition("class: ")[2], tmp_path)
+    assert_equals_image_folder(Data.open_images(tmp_path / "ILSVRC2012 train"), folder)
+    shutil.rmtree(folder)
+    line = refusal(tmp_path / "of archives")
+    in_bash(line.partition("class: ")[2], tmp_path)
+    assert len(Data.open_images(tmp_path / "of archives")) == 2
+
+
+def test_names_of_windows_come_with_the_commands_that_mend_them(tmp_path):
+    folder = tmp_path / "made on"
+    folder.mkdir()
+    for name in ("train\\a\\1.png", "train\\b\\x y.png"):
+        picture(0).save(folder / name)
+    archive = tmp_path / "x.tar"
+    with tarfile.open(archive, "w") as file:
+        for path in folder.iterdir():
+            file.add(path, path.name)
+    assert "names with \\ for folders" in refusal(tar_of(folder))  # all in the folder `made on`
+    for path, result in (archive, tmp_path / "x"), (folder, folder):
+        line = refusal(path)
+        assert "has names with \\ for folders, made on Windows, such as train" in line
+        in_bash(line.partition("png: ")[2], tmp_path)
+        assert sorted(p.name for p in (result / "train").iterdir()) == ["a", "b"]
+        assert len(Data.open_images(result / "train")) == 2
+
+
+def test_layouts_of_other_tools_are_refused_with_what_they_are_and_what_to_do(tmp_path):
+    flat = make_folder(tmp_path / "val", [f"ILSVRC2012_val_0000000{i}.JPEG" for i in range(3)])
+    shard = make_folder(tmp_path / "shard", ["000.jpg", "001.jpg"])
+    for name in ("000.cls", "001.cls"):
+        (shard / name).write_text("3")
+    (tmp_path / "lsun").mkdir()
+    for name in ("data.mdb", "lock.mdb"):
+        (tmp_path / "lsun" / name).write_bytes(b"")
+    splits = make_folder(tmp_path / "all", ["train/a/1.png", "train/b/1.png", "val2017/1.png"])
+    heic = make_folder(tmp_path / "phone", ["a/1.png"])
+    (heic / "b").mkdir()
+    (heic / "b/IMG_1.HEIC").write_bytes(b"")
+    for folder, words in {
+        flat: "images outside of class folders: .* found .*ILSVRC2012_val_.*valprep.sh.*ImageNet",
+        shard: "shard of a WebDataset .*named after its class",
+        tmp_path / "lsun": "is an LMDB of another tool .*scripts/pack.py",
+        splits: "holds train, val2017: parts of a data set, not classes; ",
+        heic: r"no image in the class folder b; other files: 1 \.heic",
+    }.items():
+        for path in each_store(folder):
+            assert re.search(words, refusal(path)), (path, refusal(path))
+    (splits / "val2017/1.png").unlink()
+    (splits / "val2017").rmdir()
+    assert "holds train: parts of a data set" in refusal(splits)
+    assert len(Data.open_images(splits / "train")) == 2
+    vehicles = make_folder(tmp_path / "vehicles", ["train/1.png", "tram/1.png", "test/1.png"])
+    assert Data.open_images(vehicles).classes == ["test", "train", "tram"]
+
+
+def test_links_that_lead_nowhere_or_in_circles_are_refused_by_name(tmp_path):
+    folder = make_folder(tmp_path / "train", SMALL)
+    (folder / "a/notes.txt").symlink_to("nowhere")  # harmless
+    assert len(Data.open_images(folder)) == 4
+    for link, target in {"a/3.png": "gone.png", "c": "/gone/c", "b/4.png": "4.png"}.items():
+        (folder / link).symlink_to(target)
+        line = refusal(folder)
+        assert line.startswith(f"{folder}/{link} is a link to {target}, which can't be opened: ")
+        images = Data.open_images(folder, skip_bad_images=True) if "png" in link else None
+        assert images is None or len(images) == 5
+        (folder / link).unlink()
+    (folder / "b/c/above").symlink_to(folder / "b")
+    assert refusal(folder) == f"{folder}/b/c/above is a link to a folder that holds it: delete it"
+    (folder / "b/c/above").unlink()
+    make_folder(tmp_path / "other", ["1.png"])
+    (folder / "a/to").symlink_to(tmp_path / "other")
+    (tmp_path / "other/back").symlink_to(folder / "a")
+    assert "is a link to a folder that holds it" in refusal(folder)
+    (tmp_path / "other/back").unlink()
+    assert_equals_image_folder(Data.open_images(folder), folder)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ from torchvision.transforms import v2 as T
 
 import Data
 from Augmentation import augment
+from internals.decoding import check_decoder
 from internals.plots import import_matplotlib
-from internals.stores import check_decoder
 from IO import whole
 from Utils import InputError, naming
 
