@@ -112,6 +112,15 @@ def test_the_fingerprint_is_that_of_the_images_in_any_store(stores, folder, tmp_
         assert Data.open_images(other).fingerprint() != expected
 
 
+def test_processes_that_read_other_images_than_the_first_are_refused(folder, monkeypatch):
+    images = Data.open_images(folder)
+    data = Data.fingerprints(images, images)
+    other = {**data, "data_val": {**data["data_val"], "images": 1}}
+    monkeypatch.setattr(Data, "from_first_process", lambda _: other)
+    with pytest.raises(InputError, match="--data_val: not all processes read the same images"):
+        Data.fingerprints(images, images)
+
+
 def test_names_that_are_no_unicode_come_in_image_folder_s_order(tmp_path):
     root = os.fsencode(tmp_path) + b"/train/a"
     os.makedirs(root)
