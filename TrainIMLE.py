@@ -359,8 +359,9 @@ def make_model(flags, checkpoint):
     """The model that the flags ask for, with pretrained or fresh weights. With a checkpoint: a
     model of the checkpoint's config, with fresh weights."""
     if checkpoint is not None:  # `go_on` restores the weights
-        refuse_unknown(checkpoint["config"], vars(ModelConfig()), "the model of that run")
-        return build(ModelConfig(**checkpoint["config"]))
+        with naming("the newest checkpoint"):
+            refuse_unknown(checkpoint["config"], vars(ModelConfig()), "its model")
+            return build(ModelConfig(**checkpoint["config"]))
     fields = IO.model_fields(flags)
     if not flags.finetune:
         return build(ModelConfig(**fields))

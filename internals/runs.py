@@ -206,7 +206,7 @@ def check_data(folder, new, old, force):
 
 def data_changes(new, old):
     """What differs between two fingerprints of images, as text; "" if nothing does."""
-    changes = []
+    changes, old = [], new | old  # fields that another version lacks count as equal
     if new["images"] != old["images"]:
         changes.append(f"had {old['images']} images, has {new['images']}")
     for verb, one, other in (("lacks the", old, new), ("has the new", new, old)):

@@ -600,16 +600,102 @@ def as_version_0_1_saved(content, model):
     progress["losses"] = [totals["pretrain/loss_tr"], *[0.0] * (n - 1)]
     progress["norms"] = [totals["pretrain/grad_norm"], *[0.0] * (n - 1)]
     assert counts["pretrain/grad_norm"] == n
+    del content["data"]
     return {**content, "progress": progress}
 
 
 def test_a_checkpoint_of_version_0_1__goes_on_inside_its_epoch_to_the_bit(tiny_run, tmp_path):
+    """The run then knows its images, as a run of this version does."""
     assert stopped_run(tmp_path, "step 2:", signal.SIGTERM) == 0
     path = final_path(run_folder(tmp_path))
     content = final_state(run_folder(tmp_path))
     assert 0 < content["progress"]["epoch_step"] < 4
     checkpoints.save_checkpoint(path, as_version_0_1_saved(content, IO.load_model(path)))
-    assert_same_run(tiny_run, goes_on(tmp_path))
+    folder = goes_on(tmp_path)
+    assert_same_run(tiny_run, folder)
+    assert final_state(folder)["data"] == final_state(tiny_run)["data"]
+
+
+NEWER = {
+    "config": {"gates": 3},
+    "progress": {"ema_step": 7},
+    "args": {"gates": 3},
+    "ema": {"a": torch.zeros(1)},
+}
+
+
+@pytest.mark.parametrize("part", NEWER)
+def test_a_checkpoint_of_a_newer_version__is_refused_with_the_unknown_field(copied, part):
+    path = final_path(run_folder(copied))
+    content = torch.load(path, weights_only=True)
+    content[part] = content.get(part, {}) | NEWER[part]
+    checkpoints.save_checkpoint(path, content)
+    field = part if part == "ema" else next(iter(NEWER[part]))
+    for flags in ([*RUN, "--save_folder", copied], ["--resume", path]):
+        done = command(*flags, check=False)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert f"unknown field {field}: a newer version of IMLE-SSL made" in done.stderr
+    if part == "config":
+        with pytest.raises(Utils.InputError, match=f"{path} has the unknown field gates"):
+            IO.load_model(path)
+
+
+def test_a_newer_checkpoint_whose_tensors_or_values_are_unknown__is_refused_in_one_line(copied):
+    path = final_path(run_folder(copied))
+    content = torch.load(path, weights_only=True)
+    changes = (
+        ("model", "blocks.0.gamma", torch.zeros(3), "model of the newest checkpoint does not fit"),
+        ("args", "sampler", "beam", "--sampler beam is unknown to this version"),
+    )
+    for part, name, value, reason in changes:
+        checkpoints.save_checkpoint(path, {**content, part: {**content[part], name: value}})
+        done = command("--resume", path, check=False)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert reason in done.stderr
+
+
+# -------------------------------------------------------------------------------------------------
+# Images that changed.
+
+
+@pytest.fixture
+def on_folders(tmp_path):
+    """A stopped run inside its second epoch: (save folder, flags of its data, training folder)."""
+    train, val = tmp_path / "train", tmp_path / "val"
+    shutil.unpack_archive(ROOT / TINY[1], train)
+    shutil.unpack_archive(ROOT / TINY[3], val)
+    data = ["--data_tr", train, "--data_val", val]
+    assert stopped_run(tmp_path / "runs", "step 6:", signal.SIGTERM, *data) == 0
+    assert final_state(run_folder(tmp_path / "runs"))["progress"]["codes"] is not None
+    return tmp_path / "runs", data, train
+
+
+def test_other_images_at_the_same_path__are_refused_unless_forced_and_codes_are_chosen_anew(
+    on_folders,
+):
+    save_folder, data, train = on_folders
+    flags = [*RUN, *data, "--save_folder", save_folder]
+    shutil.rmtree(train / "0")
+    done = command(*flags, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    n = len(list(train.rglob("*.png")))
+    assert f"images, has {n}, lacks the class 0;" in done.stderr
+    assert "--data_tr had " in done.stderr and "--force_resume 1" in done.stderr
+    # The last epoch's codes were chosen before the stop.
+    fault = f"{NTH_CALL}\nnth_call(TrainIMLE, 'choose_codes', 1, lambda: print('chosen anew'))"
+    done = faulty(fault, *flags, "--force_resume", 1, "--val_n_way", 2, check=True)
+    assert "warning: going on with other images: --data_tr had " in done.stdout
+    assert "chosen anew" in done.stdout
+    assert final_state(run_folder(save_folder))["data"]["data_tr"]["images"] == n
+
+
+def test_the_same_images_behind_a_link_or_in_an_archive__just_go_on(on_folders, tiny_run, tmp_path):
+    save_folder, data, train = on_folders
+    (tmp_path / "link").symlink_to(data[3])
+    (tmp_path / "a").mkdir()
+    archive = shutil.make_archive(tmp_path / "a" / "again", "tar", train)
+    same = ["--data_tr", archive, "--data_val", f"{tmp_path}/link/"]
+    assert_same_run(tiny_run, goes_on(save_folder, *same))
 
 
 def test_other_training_flags__are_shown_and_need_force_resume(copied):
@@ -970,6 +1056,74 @@ def test_standard_output_that_nobody_reads_any_more__the_run_goes_on(tiny_run, t
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(60) == 0
     assert_same_run(tiny_run, run_folder(tmp_path))
+
+
+@pytest.mark.parametrize("closed", [(1,), (0, 1, 2)])
+def test_standard_streams_that_are_closed__the_run_goes_on(tmp_path, closed):
+    flags = [*RUN, "--epochs", 1, "--steps_per_eval", 0, "--save_folder", tmp_path]
+    done = subprocess.run(
+        [sys.executable, "TrainIMLE.py", *map(str, flags)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: [os.close(number) for number in closed],
+    )
+    assert done.returncode == 0 and not done.stderr
+    assert len(metrics(run_folder(tmp_path))) == 1
+
+
+@LINUX
+@pytest.mark.parametrize("program", ["TrainIMLE.py", "LinearProbe.py", "scripts/complete.py"])
+def test_Ctrl_C_while_modules_are_imported__exit_status_130_without_a_traceback(tmp_path, program):
+    process = start([], tmp_path, (program,))
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert end(process) == (130, "", "")
+
+
+@LINUX
+def test_names_that_are_no_UTF_8__are_written_with_escapes(tmp_path):
+    model, data = tmp_path / "model\udce9.pt", tmp_path / "data\udce9.tar"
+    model.symlink_to(ROOT / "demo/imle_mnist.pt")
+    data.symlink_to(ROOT / TINY[1])
+    flags = ["--model", model, "--data_tr", data, "--data_val", data, "--fast", 1]
+    flags += "--gpus cpu --num_workers 0 --val_n_way 2 --val_n_shot 2 --probe_epochs 1".split()
+    program = (sys.executable, "LinearProbe.py")
+    done = command(*flags, "--save_folder", tmp_path, program=program, PYTHONIOENCODING="ascii")
+    assert json.loads(done.stdout.splitlines()[-1])["model"] == str(model)
+    row = (tmp_path / "probes/results.csv").read_text(encoding="utf-8").splitlines()[-1]
+    assert "model\\udce9.pt" in row and "data\\udce9.tar" in row
+    save_folder = tmp_path / "runs\udce9"
+    flags = [*RUN, "--data_tr", data, "--epochs", 1, "--steps_per_eval", 0]
+    done = command(*flags, "--save_folder", save_folder, PYTHONIOENCODING="ascii")
+    assert "runs\\udce9/models" in done.stdout
+    config = json.loads((run_folder(save_folder) / "config.json").read_text())
+    assert config["flags"]["data_tr"] == str(data)
+
+
+@pytest.mark.slow
+def test_a_process_of_torchrun_is_killed__the_restart_goes_on_as_the_same_run(tiny_run, tmp_path):
+    script = tmp_path / "faulty.py"
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport TrainIMLE\n{NTH_CALL}\n"
+        "if os.environ['TORCHELASTIC_RESTART_COUNT'] + os.environ['RANK'] == '00':\n"
+        "    nth_call(TrainIMLE, 'train_step', 3, lambda: os.kill(os.getpid(), 9))\n"
+        "if __name__ == '__main__':\n    TrainIMLE.main(sys.argv[1:])\n"
+    )
+    flags = [*TINY, "--steps_per_eval", 2, "--save_minutes", 0, "--save_folder", tmp_path]
+    torchrun = "torchrun --standalone --max_restarts 1 --nproc_per_node 2".split()
+    done = command(*torchrun[1:], script, *flags, program=torchrun[:1])
+    assert "going on after step 2" in done.stdout
+    assert_same_run(tiny_run, run_folder(tmp_path), tolerance=1e-5)
+
+
+def test_a_restart_by_torchrun_that_gives_no_id__is_refused_in_a_line_that_names_uid(tmp_path):
+    environment = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "1"}
+    done = command(*TINY, "--save_folder", tmp_path, check=False, **environment)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "torchrun has restarted this run" in done.stderr and "--uid" in done.stderr
 
 
 @pytest.mark.slow

@@ -408,6 +408,16 @@ def test_each_field_of_the_model_s_config_is_a_flag_that_can_never_change():
     assert IO.architecture_flags(more) == flags | {"gates"}
 
 
+def test_a_run_without_uid_takes_the_id_that_its_launcher_gives(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert len(IO.parse_flags([*DATA.split(), "--finetune", "0"]).uid) == 8, "random"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "my job/7")
+    assert IO.parse_flags([*DATA.split(), "--finetune", "0"]).uid == "my_job_7"
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    assert IO.parse_flags([*DATA.split(), "--finetune", "0"]).uid == "123"
+
+
 RULES = {"changeable": {"gpus", "uid"}, "architecture": {"arch"}}
 OLD = {"uid": "u", "gpus": 1, "arch": "a", "lr": 1.0, "epochs": 4, "scheduler": "constant"}
 DECAY = {"scheduler": "linear_ramp_cosine_decay"}

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from internals import encoders, full_probe
 from internals.heads import Head, Heads, lars, train_step
 from internals.processes import Stopped
 from internals.runs import read_metrics
-from Utils import seeded
+from Utils import InputError, seeded
 
 PROGRAM = (sys.executable, "LinearProbe.py")
 MODEL = ["--model", "demo/imle_mnist.pt"]
@@ -466,6 +467,31 @@ def test_a_probe_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch, use
         for name in ("whole", "parts")
     ]
     assert histories[0] == histories[1] and len(histories[0]) == 3
+
+
+def test_a_probe_that_was_stopped_goes_on_with_its_images_only(tmp_path):
+    archive = tmp_path / "train.tar"
+    shutil.copy(ROOT / DEMO_DATA[1], archive)
+    (tmp_path / "link.tar").symlink_to(archive)
+
+    def run(checks, data_tr=archive, **changes):
+        argv = ["--data_tr", data_tr, "--data_val", ROOT / DEMO_DATA[3], "--model", ROOT / MODEL[1]]
+        argv += [*CPU, "--epochs", 2, "--lrs", 1, "--batch_size", 50, "--use_augs", 0]
+        argv += ["--train_n_shot", 10, "--save_folder", tmp_path]
+        flags = IO.parse_probe_flags([str(word) for word in argv])
+        vars(flags).update(changes)
+        images = Data.open_pair(flags.data_tr, flags.data_val, n_shot=10)
+        model = encoders.load_encoder(flags.model)
+        return LinearProbe.run_full_probe(flags, model, *images, CPU_DEVICE, StopAfter(checks))
+
+    for data_tr in (archive, tmp_path / "link.tar"):  # after one and two of four steps
+        with pytest.raises(Stopped, match="stopped after step"):
+            run(4, data_tr)
+    assert len(list(tmp_path.glob("probes/*/config.json"))) == 1
+    shutil.copy(ROOT / DEMO_DATA[3], archive)
+    with pytest.raises(InputError, match=r"other images: --data_tr had \d+ images, has \d+;"):
+        run(-1)
+    assert run(-1, force_resume=1)["n_train"] == 100
 
 
 @pytest.mark.slow

@@ -91,6 +91,35 @@ def test_packing_from_any_store_into_any_other_keeps_everything(stores, tmp_path
     assert sorted(os.listdir(tmp_path)) == ["x.lmdb", "y.tar", "y.tar.index"]
 
 
+def test_the_fingerprint_is_that_of_the_images_in_any_store(stores, folder, tmp_path):
+    images, expected = Data.open_images(folder), Data.open_images(folder).fingerprint()
+    assert all(Data.open_images(path).fingerprint() == expected for path in stores.values())
+    few = Data.few_shot(images, 1, 1, seed=0)
+    assert few.fingerprint() == expected, "of the whole data set"
+    for change in ("content", "name", "more", "class"):
+        other = tmp_path / change
+        shutil.copytree(folder, other)
+        path = other / images.entry(0)
+        if change == "content":  # of the same size
+            path.write_bytes(path.read_bytes()[::-1])
+        elif change == "name":
+            path.rename(path.with_name("another.png"))
+        elif change == "more":
+            shutil.copy(path, path.with_name("another.png"))
+        else:
+            path.parent.rename(path.parent.with_name("another"))
+        assert Data.open_images(other).fingerprint() != expected
+
+
+def test_processes_that_read_other_images_than_the_first_are_refused(folder, monkeypatch):
+    images = Data.open_images(folder)
+    data = Data.fingerprints(images, images)
+    other = {**data, "data_val": {**data["data_val"], "images": 1}}
+    monkeypatch.setattr(Data, "from_first_process", lambda _: other)
+    with pytest.raises(InputError, match="--data_val: not all processes read the same images"):
+        Data.fingerprints(images, images)
+
+
 def test_names_that_are_no_unicode_come_in_image_folder_s_order(tmp_path):
     root = os.fsencode(tmp_path) + b"/train/a"
     os.makedirs(root)
