@@ -59,7 +59,7 @@ def open_images(path, transform=None, *, image_decoder="pillow", skip_bad_images
     except OSError as error:
         place = error.filename or path
         raise InputError(f"cannot read {place}: {error.strerror or error}") from None
-    raise InputError(f"{path} is neither a folder nor a .tar (uncompressed) nor an .lmdb")
+    raise InputError(f"{path} is neither a folder nor a .tar (uncompressed) nor an LMDB of pack.py")
 
 
 def contents(images):
@@ -68,8 +68,8 @@ def contents(images):
     while isinstance(store, Subset):
         store = store.images
     names = classes if len(classes) < 4 else [*classes[:2], f"... {classes[-1]}"]
-    text = f"{len(images):,} images, {len(classes):,} class{'es' * (len(classes) > 1)}"
-    text += f" ({', '.join(names)})"
+    text = f"{len(images):,} image{'s' * (len(images) > 1)}, "
+    text += f"{len(classes):,} class{'es' * (len(classes) > 1)} ({', '.join(names)})"
     if store is not images:
         text += f", of {len(store):,} images, {len(store.classes):,} classes"
     return text + (f"; left out: {store.index.left_out}" if store.index.left_out else "")

@@ -80,7 +80,7 @@ def data_flags(parser, training=True):
         "pillow, and its pixels differ by rounding.")
     add("--skip_bad_images", **SWITCH, default=0, changeable=training,
         help="1: replace each damaged image by another one of its class, up to "
-        f"{MOST_BAD * 1000:g} in 1000 images; 0: end with an error at a damaged image.")
+        f"{MOST_BAD * 1000:g} in 1000 of the data set; 0: end with an error at a damaged image.")
     add("--num_workers", type=whole(0), default=min(8, CORES), metavar="N", changeable=True,
         help="Workers per process that load images; default: number of CPU cores, at most 8.")
     add("--loader_timeout", type=real(1), default=120.0, metavar="SECONDS", changeable=True,

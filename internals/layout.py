@@ -2,6 +2,7 @@
 that other tools made."""
 
 import os
+import re
 import shlex
 from collections import Counter
 
@@ -29,7 +30,7 @@ def hidden(name):
 def is_split(name):
     """Whether a folder of this name is a part of a data set rather than a class: val, test2017."""
     splits = ("train", "training", "val", "valid", "validation", "test", "testing")
-    return name.lower().rstrip("0123456789-_") in splits
+    return re.match("[a-z]*", name.lower())[0] in splits
 
 
 def find_layout(path, files, folders, root=None):
@@ -51,7 +52,7 @@ def find_layout(path, files, folders, root=None):
     groups = [(names[0], "/".join(names), f, sorted(images[f])) for f, names in below.items()]
     groups.sort()
     if stray and groups and not is_archive:  # as in ImageFolder
-        left_out.append(f"{len(stray):,} images outside of class folders")
+        left_out.append(f"{len(stray):,} outside of class folders")
         stray = []
     left_out = printable(", ".join(left_out))
     classes = {name for name, *_ in groups}
@@ -182,7 +183,8 @@ def list_folder(path):
                         files[os.path.relpath(hidden_folder, path)] = hidden_names
                 elif kind in ("file", "link"):
                     names.append(entry.name)
-                    if kind == "link" and (is_image_file(entry.name) or "." not in entry.name):
+                    matters = is_image_file(entry.name) or "." not in entry.name
+                    if kind == "link" and matters and not hidden(entry.name):
                         broken[below] = os.readlink(entry.path)
 
     add("", {identify(path)})

@@ -381,7 +381,7 @@ def test_hidden_files_are_left_out_of_every_store_and_told_with_their_number(tmp
         assert_equals_image_folder(Data.open_images(tmp_path / "x.lmdb"), clean)
         (tmp_path / "x.lmdb").unlink()
     make_folder(folder, ["stray.png"])
-    assert "1 images outside of class folders" in Data.contents(Data.open_images(folder))
+    assert "1 outside of class folders" in Data.contents(Data.open_images(folder))
 
 
 def test_names_above_the_root_may_begin_with_a_dot(tmp_path):
@@ -405,7 +405,7 @@ def test_the_start_line_names_images_classes_and_the_data_that_a_subset_is_of(tm
     assert Data.contents(Data.open_images(folder)) == "20 images, 10 classes (0, 1, ... 9)"
     Data.open_pair(folder, folder, n_way=1, n_shot=1)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "training: 1 images, 1 class (0), of 20 images, 10 classes"
+    assert lines[0] == "training: 1 image, 1 class (0), of 20 images, 10 classes"
     assert lines[1] == "validation: 2 images, 1 class (0), of 20 images, 10 classes"
 
 
@@ -464,7 +464,7 @@ def test_layouts_of_other_tools_are_refused_with_what_they_are_and_what_to_do(tm
     (tmp_path / "lsun").mkdir()
     for name in ("data.mdb", "lock.mdb"):
         (tmp_path / "lsun" / name).write_bytes(b"")
-    splits = make_folder(tmp_path / "all", ["train/a/1.png", "train/b/1.png", "val2017/1.png"])
+    splits = make_folder(tmp_path / "all", ["train/a/1.png", "train/b/1.png", "val_2017/1.png"])
     heic = make_folder(tmp_path / "phone", ["a/1.png"])
     (heic / "b").mkdir()
     (heic / "b/IMG_1.HEIC").write_bytes(b"")
@@ -472,13 +472,13 @@ def test_layouts_of_other_tools_are_refused_with_what_they_are_and_what_to_do(tm
         flat: "images outside of class folders: .* found .*ILSVRC2012_val_.*valprep.sh.*ImageNet",
         shard: "shard of a WebDataset .*named after its class",
         tmp_path / "lsun": "is an LMDB of another tool .*scripts/pack.py",
-        splits: "holds train, val2017: parts of a data set, not classes; ",
+        splits: "holds train, val_2017: parts of a data set, not classes; ",
         heic: r"no image in the class folder b; other files: 1 \.heic",
     }.items():
         for path in each_store(folder):
             assert re.search(words, refusal(path)), (path, refusal(path))
-    (splits / "val2017/1.png").unlink()
-    (splits / "val2017").rmdir()
+    (splits / "val_2017/1.png").unlink()
+    (splits / "val_2017").rmdir()
     assert "holds train: parts of a data set" in refusal(splits)
     assert len(Data.open_images(splits / "train")) == 2
     vehicles = make_folder(tmp_path / "vehicles", ["train/1.png", "tram/1.png", "test/1.png"])
@@ -487,7 +487,8 @@ def test_layouts_of_other_tools_are_refused_with_what_they_are_and_what_to_do(tm
 
 def test_links_that_lead_nowhere_or_in_circles_are_refused_by_name(tmp_path):
     folder = make_folder(tmp_path / "train", SMALL)
-    (folder / "a/notes.txt").symlink_to("nowhere")  # harmless
+    for name in ("a/notes.txt", "a/._1.png"):  # harmless
+        (folder / name).symlink_to("nowhere")
     assert len(Data.open_images(folder)) == 4
     for link, target in {"a/3.png": "gone.png", "c": "/gone/c", "b/4.png": "4.png"}.items():
         (folder / link).symlink_to(target)
