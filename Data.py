@@ -58,9 +58,7 @@ def open_images(path, transform=None, *, image_decoder="pillow", skip_bad_images
     except OSError as error:
         place = error.filename or path
         raise InputError(f"cannot read {place}: {error.strerror or error}") from None
-    raise InputError(
-        f"{path} is neither a folder nor a .tar (uncompressed) nor an LMDB of pack.py"
-    )
+    raise InputError(f"{path} is neither a folder nor a .tar (uncompressed) nor an LMDB of pack.py")
 
 
 def contents(images):
