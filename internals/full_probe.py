@@ -335,7 +335,7 @@ def full_probe(
 def find_probe(folder, parts, data, force):
     """The Start of the probe in a folder, on the first process. data, force: see check_data."""
     start = find_in_folder(folder, parts)
-    check_data(folder, data, (start.checkpoint or {}).get("data"), force)
+    check_data(folder, data, (start.checkpoint or {}).get("data"), force=force)
     return start
 
 

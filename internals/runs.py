@@ -94,7 +94,15 @@ def find_run(script, flags, changeable, architecture, data):
     if "data" in checkpoint:  # else only the flag tells which images the run was trained on
         changeable = changeable | {"data_tr"}
     changed = check_changes(vars(flags), current_flags(old), changeable, architecture)
-    changed |= "data_tr" in check_data(folder, data, checkpoint.get("data"), flags.force_resume)
+    changes = check_data(
+        folder,
+        data,
+        checkpoint.get("data"),
+        force=flags.force_resume,
+        # Another path to validation images is meant to lead to other images.
+        may_differ={"data_val"} if flags.data_val != old.get("data_val") else set(),
+    )
+    changed |= "data_tr" in changes
     return start._replace(changed=changed)
 
 
@@ -185,16 +193,16 @@ def check_changes(new, old, changeable, architecture):
     return bool(changed)
 
 
-def check_data(folder, new, old, force):
+def check_data(folder, new, old, *, force, may_differ=()):
     """Compares the images of a command (new) with those of the run in `folder` (old, may be None),
-    dicts: flag -> Images.fingerprint(). Returns {flag: what differs}; an InputError if images
-    differ, unless `force`."""
+    dicts: flag -> Images.fingerprint(). Returns {flag: what differs}. An InputError if images of a
+    flag that is not in may_differ differ, unless `force`."""
     changes = {}
     for flag, fingerprint in new.items():
         if text := data_changes(fingerprint, (old or {}).get(flag, fingerprint)):
             changes[flag] = text
     shown = "; ".join(f"--{flag} {text}" for flag, text in changes.items())
-    if changes and not force:
+    if changes.keys() - may_differ and not force:
         raise InputError(
             f"{folder} was started with other images: {shown}; give those images, start anew in "
             "another --save_folder, or go on all the same with --force_resume 1"

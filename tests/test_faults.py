@@ -698,6 +698,21 @@ def test_the_same_images_behind_a_link_or_in_an_archive__just_go_on(on_folders, 
     assert_same_run(tiny_run, goes_on(save_folder, *same))
 
 
+def test_other_validation_images_by_another_path__are_told_of_and_the_run_goes_on(
+    on_folders, tmp_path
+):
+    save_folder, data, _ = on_folders
+    fewer = shutil.copytree(data[3], tmp_path / "fewer")
+    for image in sorted(fewer.rglob("*.png"))[::2]:
+        image.unlink()
+    done = command(*RUN, *data[:3], fewer, "--save_folder", save_folder)
+    assert "warning: going on with other images: --data_val had" in done.stdout
+    shutil.rmtree(data[3])
+    fewer.rename(data[3])
+    done = command(*RUN, *data, "--save_folder", save_folder, check=False)
+    assert done.returncode == 0, "the images are those of the newest checkpoint"
+
+
 def test_other_training_flags__are_shown_and_need_force_resume(copied):
     folder = run_folder(copied)
     changed = ["--wd", 0.5, "--ipe", 5, "--ex_per_epoch", 30, "--epochs", 3, "--num_workers", 1]
