@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 
 import complete
+import get_cifar10
 import numpy as np
 import pack  # noqa: E402 (the line above makes it importable)
 import pytest
@@ -930,3 +931,36 @@ loader.itself = loader  # as a cycle that is not collected
 gc.disable()
 """
     assert command(program=(sys.executable, "-c", code)).returncode == 0
+
+
+def test_cifar_10_becomes_two_archives_that_training_reads(tmp_path, monkeypatch, capsys):
+    fetched = []
+
+    class Fetched(list):  # as torchvision.datasets.CIFAR10: (image, label) pairs
+        classes = ["airplane", "ship"]
+
+        def __init__(self, root, train, download):
+            assert download
+            fetched.append(train)
+            super().__init__((Image.new("RGB", (32, 32), (i, 0, 0)), i % 2) for i in range(5))
+
+    monkeypatch.setattr(get_cifar10, "CIFAR10", Fetched)
+    get_cifar10.main([str(tmp_path / "cifar10")])
+    assert capsys.readouterr().out.splitlines()[-1].endswith("val.tar")
+    for name in ("train.tar", "val.tar"):
+        images = Data.open_images(tmp_path / "cifar10" / name)
+        assert list(images.classes) == ["airplane", "ship"] and len(images) == 5
+        assert np.asarray(images.load(1))[0, 0].tolist() == [2, 0, 0], "PNGs lose nothing"
+    get_cifar10.main([str(tmp_path / "cifar10")])
+    assert fetched == [True, False], "archives that are there are kept"
+
+
+def test_cifar_10_that_can_t_be_fetched_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    def refused(*_, **__):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(get_cifar10, "CIFAR10", refused)
+    with pytest.raises(SystemExit) as ended:
+        get_cifar10.main([str(tmp_path)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and "no network" in line and not list(tmp_path.iterdir())

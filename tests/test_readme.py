@@ -25,7 +25,9 @@ TINY = "--arch vit_demo --input_size 28 --repeats 1 --device cpu"
 CUT = {  # how a command begins -> what is said behind it, to cut it down
     "bash scripts/demo.sh": SMALL,
     "bash scripts/figure.sh": SMALL,
-    "bash scripts/ablations.sh": SMALL + " --finetune 1",
+    "bash scripts/ablations.sh": SMALL,
+    "bash scripts/figure_cifar10.sh": SMALL
+    + " --data_tr demo/mnist_train.tar --data_val demo/mnist_val.tar",
     "bash scripts/figure_imagenet.sh": SMALL + " --ip_spec 3 adain",
     "bash scripts/imle_from_scratch.sh": SMALL + " --ip_spec 3 adain",
     "bash scripts/mae_from_scratch.sh": SMALL,
