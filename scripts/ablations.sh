@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Compares many settings of IMLE, and controls, all from scratch with the protocol of figure.sh; takes about three hours a seed on
+# Compares many settings of IMLE, and controls, all from scratch with the protocol of figure.sh; takes some hours a seed on
 # 2 CPU cores. After an interruption, the same command goes on. Flags on the command line apply to every run unless a setting names
 # them. ONLY="imle|mae" runs these two settings alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
+. scripts/digits.sh
 : "${OUT:=runs/ablations}" "${SEEDS:=0}" "${ONLY:=.*}"
 
 # One line per setting: name and flags.
@@ -14,6 +15,7 @@ mae --ignore_z 1
 mae_64_images --ignore_z 1 --mini_bs 64
 mae_twice_the_rate --ignore_z 1 --lr 2e-3
 imle
+imle_64_images --mini_bs 64
 imle_alone --mae_loss_weight 0
 random_codes --ns 1
 weight_.3 --mae_loss_weight .3
@@ -41,12 +43,6 @@ for seed in $SEEDS; do
     settings | grep -E "^($ONLY)( |\$)" | while read -r name flags; do
         echo "--seed $seed $flags --uid $name-$seed"
     done
-done | bash scripts/train_many.sh \
-    --data_tr demo/mnist_train.tar --data_val demo/mnist_val.tar --input_size 28 --use_augs 0 --num_workers 1 \
-    --arch vit_demo --norm_pix_loss 0 --no-fp16 --finetune 0 --get_mae_baseline 0 \
-    --epochs 16 --ex_per_epoch 4000 --ipe 125 --mini_bs 32 \
-    --lr 1e-3 --lr_z 2e-3 --scheduler linear_ramp_cosine_decay --n_ramp 1 --ns 16 \
-    --steps_per_eval 100000 --z_per_ex_loss 32 --val_n_shot 400 --probe_bs 128 --probe_epochs 50 \
-    --save_minutes 1 "$@" --save_folder "$OUT"
+done | bash scripts/train_many.sh $DIGITS --steps_per_eval 100000 "$@" --save_folder "$OUT"
 
 python scripts/figure.py "$OUT" --names $(settings | sed "s/ .*//; s/.*/&=&/")
