@@ -116,3 +116,12 @@ def tiny_run(tmp_path_factory):
     save_folder = tmp_path_factory.mktemp("tiny")
     command(*TINY, "--steps_per_eval", 2, "--uid", "tiny", "--save_folder", save_folder)
     return run_folder(save_folder)
+
+
+@pytest.fixture(scope="session")
+def imle_alone_run(tmp_path_factory):
+    """As tiny_run, but without the loss without code: a run of version 0.1.0."""
+    save_folder = tmp_path_factory.mktemp("alone")
+    flags = ["--mae_loss_weight", 0, "--steps_per_eval", 2, "--uid", "tiny"]
+    command(*TINY, *flags, "--save_folder", save_folder)
+    return run_folder(save_folder)

@@ -601,19 +601,20 @@ def as_version_0_1_saved(content, model):
     progress["norms"] = [totals["pretrain/grad_norm"], *[0.0] * (n - 1)]
     assert counts["pretrain/grad_norm"] == n
     del content["data"]
-    return {**content, "progress": progress}
+    args = {k: v for k, v in content["args"].items() if k != "mae_loss_weight"}
+    return {**content, "progress": progress, "args": {**args, "code_free_share": 0.0}}
 
 
-def test_a_checkpoint_of_version_0_1__goes_on_inside_its_epoch_to_the_bit(tiny_run, tmp_path):
+def test_a_checkpoint_of_version_0_1__goes_on_inside_its_epoch_to_the_bit(imle_alone_run, tmp_path):
     """The run then knows its images, as a run of this version does."""
-    assert stopped_run(tmp_path, "step 2:", signal.SIGTERM) == 0
+    assert stopped_run(tmp_path, "step 2:", signal.SIGTERM, "--mae_loss_weight", 0) == 0
     path = final_path(run_folder(tmp_path))
     content = final_state(run_folder(tmp_path))
     assert 0 < content["progress"]["epoch_step"] < 4
     checkpoints.save_checkpoint(path, as_version_0_1_saved(content, IO.load_model(path)))
     folder = goes_on(tmp_path)
-    assert_same_run(tiny_run, folder)
-    assert final_state(folder)["data"] == final_state(tiny_run)["data"]
+    assert_same_run(imle_alone_run, folder)
+    assert final_state(folder)["data"] == final_state(imle_alone_run)["data"]
 
 
 NEWER = {

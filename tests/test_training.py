@@ -338,11 +338,9 @@ def test_a_run_leaves_what_the_readme_says(tiny_run):
     assert IO.load_model(tiny_run / "checkpoints/step_00000008.pt").code_dim == 8
 
 
-def test_imle_alone_has_the_numbers_that_version_0_1_0_had(tmp_path):
-    flags = ["--mae_loss_weight", 0, "--steps_per_eval", 2, "--save_folder", tmp_path]
-    command(*TINY, *flags)
+def test_imle_alone_has_the_numbers_that_version_0_1_0_had(imle_alone_run):
     recorded = (ROOT / "tests/golden/tiny_run.jsonl").read_text().splitlines()
-    for line, now in zip(map(json.loads, recorded), metrics(run_folder(tmp_path)), strict=True):
+    for line, now in zip(map(json.loads, recorded), metrics(imle_alone_run), strict=True):
         for key, value in line.items():
             # A probe counts images: on another processor one of 150 may fall to another class.
             tolerance = 0.02 if key.startswith("fast_linear_probe") else 1e-5
