@@ -94,10 +94,10 @@ def random_batch(n):
 
 def assert_same_run(folder, other, tolerance=0.0):
     """Metrics, weights and, with no tolerance, pictures of two finished runs are the same. Weights
-    get a hundredfold tolerance: Adam turns rounding errors of zero gradients into small steps."""
+    get 300 times the tolerance: Adam turns rounding errors of gradients near zero into steps."""
     a, b = final_state(folder), final_state(other)
     for name, weights in a["model"].items():
-        torch.testing.assert_close(weights, b["model"][name], atol=100 * tolerance, rtol=0)
+        torch.testing.assert_close(weights, b["model"][name], atol=300 * tolerance, rtol=0)
     for left, right in zip(metrics(folder), metrics(other), strict=True):
         assert left.keys() == right.keys()
         for key, value in left.items():
