@@ -320,7 +320,8 @@ def test_a_run_that_is_cut_short_five_times_equals_one_that_is_not(cluster, tmp_
 @pytest.mark.slow
 def test_tasks_on_two_nodes_stop_together_go_on_and_train_the_same_run(cluster, tmp_path):
     training = [*TRAINING, "--num_workers", 1, "--epochs", 5, "--steps_per_eval", 2]
-    training += ["--fast_linear_probe", 0]
+    # Near the identity all codes have nearly the same loss: rounding could choose another code.
+    training += ["--fast_linear_probe", 0, "--adain_init", "original"]
     job = cluster.submit(tmp_path, "--time", 1, "--nodes", 2, "--chunks", 2, training=training)
     await_steps(tmp_path, 2)
     cluster.run("scancel", "--signal=USR2", job)
