@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains an MAE and IMLE on handwritten digits, in about 4 minutes on 2 CPU cores after the installation. Flags on the command
+# Trains an MAE and IMLE on handwritten digits, in a few minutes on 2 CPU cores after the installation. Flags on the command
 # line apply to both runs and override the flags below.
 set -euo pipefail
 cd "$(dirname "$0")/.."

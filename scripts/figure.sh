@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains IMLE and MAE from scratch with the same data, seeds, steps and evaluation, and measures the effect of codes; takes an hour
-# on 2 CPU cores. After an interruption, the same command goes on. Flags on the command line apply to all runs and override the
+# Trains IMLE and MAE from scratch with the same data, seeds, steps and evaluation, and measures the effect of codes.
+# After an interruption, the same command goes on. Flags on the command line apply to all runs and override the
 # flags of digits.sh, but not --seed, --uid, --ignore_z and --mae_loss_weight. With your data:
 #   OUT=runs/mine bash scripts/figure.sh --data_tr DATA/train --data_val DATA/val --input_size 32
 set -euo pipefail
