@@ -331,7 +331,8 @@ def use_flags_of_run(parser, argv):
         action.required = action.required and action.dest not in known
         value = known.get(action.dest)
         if action.choices and value is not None and value not in action.choices:
-            parser.error(f"--resume: the run's --{action.dest} {value} is unknown to this version")
+            flag = "--resume" if early.resume else "--uid"
+            parser.error(f"{flag}: the run's --{action.dest} {value} is unknown to this version")
 
 
 def resolve_flags(args):

@@ -54,6 +54,7 @@ class ModelConfig:
     norm_pix_loss: bool = True
     # Pairs (place, method). Places: encoder blocks 0..., decoder blocks from `depth` on, "mask".
     ip_spec: tuple[tuple[int | str, str], ...] = ()
+    # The injections' options. These defaults are the original's; those of the flags are in IO.py.
     latent_dim: int = 512
     mapping_net_layers: int = 8
     mapping_net_h_dim: int = 512

@@ -177,7 +177,12 @@ def train_step(
         with network.no_sync() if skip_average else nullcontext():
             with autocast(device, dtype):
                 losses = step_losses(
-                    network, model, share, mae_loss_weight > 0, mask_ratio, predict_ratio
+                    network,
+                    model,
+                    share,
+                    also_without_code=mae_loss_weight > 0,
+                    mask_ratio=mask_ratio,
+                    predict_ratio=predict_ratio,
                 )
             sums = losses.sum(0) / images_per_step  # (1,) or (2,)
             loss = sums[0] if len(sums) == 1 else sums[0] + mae_loss_weight * sums[1]
@@ -203,7 +208,7 @@ def train_step(
     return metrics
 
 
-def step_losses(network, model, share, also_without_code, mask_ratio, predict_ratio):
+def step_losses(network, model, share, *, also_without_code, mask_ratio, predict_ratio):
     """The losses of a gradient step on the n images of a Batch, from one pass of the encoder: (n,
     2), with the chosen code and without code; (n, 1) of a plain MAE, or with the code alone."""
     device = model.pos_embed.device

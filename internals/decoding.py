@@ -35,6 +35,13 @@ def open_image(data, upright=False):
     return image.convert("RGB")
 
 
+def reason_of(error):
+    """Why a picture can't be read, on one line. Decoders raise errors of any kind for damaged
+    bytes."""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(reason.split())
+
+
 BITS, SAMPLE_FORMAT, PHOTOMETRIC = 258, 339, 262  # tags of TIFF files
 
 

@@ -107,6 +107,7 @@ def find_run(script, flags, changeable, architecture, data):
 
 
 def models_folder(save_folder):
+    """The folder that holds the folders of all runs."""
     return Path(save_folder).expanduser() / "models"
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
-from internals.decoding import IMAGE_DECODERS
+from internals.decoding import IMAGE_DECODERS, reason_of
 from internals.layout import SYSTEM_FOLDERS, find_layout, identify, list_folder
 from internals.tar import SPARSE, find_images, read_file
 from Utils import InputError, printable, write_atomically
@@ -114,9 +114,8 @@ class Images(Dataset):
         try:
             return self.decode(self.read(index))
         except Exception as error:  # decoders raise anything for damaged bytes
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            reason = " ".join(reason.split())
-            raise ImageError(f"cannot read the image {self.name(index)}: {reason}") from None
+            name = self.name(index)
+            raise ImageError(f"cannot read the image {name}: {reason_of(error)}") from None
 
 
 def evenly_spaced(n, most):

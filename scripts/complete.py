@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from internals.decoding import NOTE, open_image
+from internals.decoding import NOTE, open_image, reason_of
 from internals.parsing import SWITCH, Parser, real, whole
 from internals.plots import NORMALIZED, picture_grid
 from internals.processes import run_command
@@ -107,8 +107,7 @@ def open_picture(path):
     try:
         return open_image(Path(path).expanduser().read_bytes(), upright=True)
     except Exception as error:  # decoders raise anything for damaged bytes
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise InputError(f"cannot read the picture {path}: {' '.join(reason.split())}") from None
+        raise InputError(f"cannot read the picture {path}: {reason_of(error)}") from None
 
 
 def most_different_codes(model, image, noise, seed, n_codes, mask_ratio):
