@@ -233,11 +233,17 @@ def data_changes(new, old):
 
 def read_config(folder):
     """The flags in a run's config.json; an empty dict if they can't be read."""
-    try:
-        flags = json.loads((folder / "config.json").read_text())["flags"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    flags = read_description(folder).get("flags")
     return flags if isinstance(flags, dict) else {}
+
+
+def read_description(folder):
+    """The content of a run's config.json; an empty dict if it can't be read."""
+    try:
+        content = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def check_writable(folder):

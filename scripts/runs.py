@@ -4,6 +4,8 @@ python scripts/runs.py FOLDER [FOLDER ...] [--plot FILE]"""
 
 import math
 import os
+import shlex
+import sys
 from pathlib import Path
 
 import _path  # noqa: F401 (makes the modules importable)
@@ -63,12 +65,7 @@ def main(argv=None):
 
 def list_runs(folders, plot):
     """Prints the table of the runs in folders, then draws their curves to the path `plot`."""
-    runs = sorted(
-        {path.parent for folder in folders for path in Path(folder).rglob("metrics.jsonl")},
-        key=lambda run: (run / "metrics.jsonl").stat().st_mtime,
-    )
-    if not runs:
-        raise InputError(f"no run in {' '.join(folders)}")
+    runs = find_runs(folders)
     records = [read_metrics(run) for run in runs]
     others = other_metrics([record for some in records for record in some])
     columns = COLUMNS | {key: (key, "{:.4g}") for key in others}
@@ -80,6 +77,18 @@ def list_runs(folders, plot):
     if plot:
         draw_curves(dict(zip(short_names(runs), records, strict=True)), plot)
         print(f"drawn: {plot}")
+    print(f"as a page to send: python scripts/report.py {shlex.join(folders)}", file=sys.stderr)
+
+
+def find_runs(folders):
+    """The runs in folders, those that were logged to last at the end; an InputError for none."""
+    runs = sorted(
+        {path.parent for folder in folders for path in Path(folder).rglob("metrics.jsonl")},
+        key=lambda run: (run / "metrics.jsonl").stat().st_mtime,
+    )
+    if not runs:
+        raise InputError(f"no run in {' '.join(folders)}")
+    return runs
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -125,3 +127,34 @@ def imle_alone_run(tmp_path_factory):
     flags = ["--mae_loss_weight", 0, "--steps_per_eval", 2, "--uid", "tiny"]
     command(*TINY, *flags, "--save_folder", save_folder)
     return run_folder(save_folder)
+
+
+@pytest.fixture
+def browser():
+    """Selenium's driver of a headless Chromium; its hosts() are the hosts that pages asked."""
+    install = "apt-get install chromium chromium-driver; pip install selenium"
+    selenium = pytest.importorskip("selenium.webdriver", reason=f"no selenium: {install}")
+    paths = [
+        shutil.which("chromium") or shutil.which("google-chrome"),
+        shutil.which("chromedriver"),
+    ]
+    if not all(paths):
+        pytest.skip(f"no Chromium with its driver: {install}")
+    options = selenium.ChromeOptions()
+    for flag in ("headless", "no-sandbox", "disable-gpu", "window-size=1300,2400"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    options.binary_location = paths[0]
+    driver = selenium.Chrome(options=options, service=selenium.ChromeService(paths[1]))
+
+    def hosts():
+        """Hosts of all requests since the last call; "" for a file and for data."""
+        events = [
+            json.loads(entry["message"])["message"] for entry in driver.get_log("performance")
+        ]
+        requests = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        return {urlsplit(request["request"]["url"]).hostname or "" for request in requests}
+
+    driver.hosts = hosts
+    yield driver
+    driver.quit()

@@ -38,6 +38,7 @@ CUT = {  # how a command begins -> what is said behind it, to cut it down
     "python scripts/complete.py": "",
     "python scripts/pack.py": "",
     "python scripts/runs.py": "",
+    "python scripts/report.py": "",
     "python scripts/export_encoder.py": "",
     "python scripts/fault_table.py": "",
     "python scripts/how_it_works.py": "--images 8 --codes 4 --steps 1",
@@ -66,6 +67,7 @@ WORDS = {  # what stands for a user's own
     "PICTURE [PICTURE ...]": "picture.png",
     "--gpus_per_node 4": "--dry_run --gpus_per_node 0",
     "FOLDER": "runs",
+    "RUN [RUN ...]": "runs",
     "--gpus 0 ": "",
     "--batch_size 16384": "",
 }
