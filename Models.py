@@ -674,8 +674,14 @@ def completions(model, images, mask_noise, codes, mask_ratio):
     image, the masked image, and a completion per code, with the visible patches pasted in. Without
     codes (None) K is 1."""
     pred, mask = model(images, mask_noise, codes, mask_ratio)
-    pred = pred.float() if codes is not None else pred[:, None].float()  # (N, K, L, P*P*3)
+    return pictures(pred if codes is not None else pred[:, None], images, mask, model.config)
+
+
+def pictures(pred, images, mask, config):
+    """The pictures of `completions`, for predictions (N,K,L,P*P*3) of images (N,3,H,W) normalised;
+    mask (N,L), 1 = removed."""
+    pred = pred.float()
     gray = normalize(images.new_full((1, 3, 1, 1), 128)).flatten().repeat(pred.shape[-1] // 3)
     masked = paste(gray.expand_as(pred[:, :1]), images, mask)
-    completed = paste(pixels(pred, images, model.config), images, mask)
+    completed = paste(pixels(pred, images, config), images, mask)
     return denormalize(torch.cat([images[:, None], masked, completed], dim=1))

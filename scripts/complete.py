@@ -41,6 +41,10 @@ def main(argv=None):
     add("--masks", type=whole(1), default=1, metavar="N", help="Masks, and so rows, per picture.")
     add("--mask_ratio", type=real(0, 1), default=0.75, metavar="SHARE", help="Share of the patches "
         "that are masked.")
+    add("--visible", type=whole(0), nargs="*", metavar="PATCH", help="Patches that stay visible, "
+        "not a random mask: numbers from 0, in rows from the top left; none: all are masked.")
+    add("--code_numbers", type=whole(0), nargs="+", metavar="N", help="Numbers of the codes that "
+        "the grid shows, from 0, instead of the first --codes of each row.")
     add("--mosaic", type=whole(0), default=0, metavar="CODES", help="Try CODES codes and draw the "
         f"{N_MOSAIC} completions that differ most, in a second file OUT_mosaic; 0: no mosaic.")
     add("--seed", type=whole(0, 2**31), default=0, metavar="N", help="Seed of masks and codes.")
@@ -72,7 +76,15 @@ def draw(args):
             say(f"note: {path}: {picture.info[NOTE]}")
             break
     model = load_model(args.model, **overrides).to(device).eval()
-    check_mask_ratio(args.mask_ratio, math.prod(model.config.grid))
+    n_patches, mask_ratio = math.prod(model.config.grid), args.mask_ratio
+    if args.visible is None:
+        check_mask_ratio(mask_ratio, n_patches)
+    else:
+        shown, mask_ratio = mask_of(args.visible, n_patches)
+        if args.masks > 1:
+            raise InputError("--visible: this is one mask; leave --masks out")
+    if args.code_numbers and not model.code_dim:
+        raise InputError(f"--code_numbers: {args.model} has no codes, so only one completion")
     if args.mosaic and not model.code_dim:
         raise InputError(f"--mosaic: {args.model} has no codes, so only one completion")
 
@@ -81,18 +93,21 @@ def draw(args):
     images = torch.stack([pil_to_tensor(picture) for picture in fitted])  # uint8 (n, 3, H, W)
     number = torch.arange(len(images) * args.masks)
     seeds = mix_seeds(args.seed, Stream.EVALUATION, number // args.masks, number % args.masks)
+    numbers = torch.tensor(args.code_numbers or range(args.codes))
     rows, mosaics = [], []
     model = in_precision(model, fastest_dtype(device))
     for i, seed in enumerate(seeds):
         image, noise, seed = prepare(model, images[i // args.masks, None], seed[None])
-        codes = model.sample_codes(seed, args.codes) if model.code_dim else None
-        rows.append(completions(model, image, noise, codes, args.mask_ratio))
+        noise = noise if args.visible is None else shown.to(device)
+        codes = model.numbered_codes(seed, numbers[None].to(device)) if model.code_dim else None
+        rows.append(completions(model, image, noise, codes, mask_ratio))
         if args.mosaic and i % args.masks == 0:
-            chosen = most_different_codes(model, image, noise, seed, args.mosaic, args.mask_ratio)
-            mosaics.append(tiles(completions(model, image, noise, chosen, args.mask_ratio)))
+            chosen = most_different_codes(model, image, noise, seed, args.mosaic, mask_ratio)
+            mosaics.append(tiles(completions(model, image, noise, chosen, mask_ratio)))
 
-    names = [f"code {k + 1}" for k in range(args.codes)] if model.code_dim else ["completion"]
-    caption = f"Completions by {args.model}, {args.mask_ratio:.0%} of the patches masked."
+    names = [f"code {k + 1}" for k in numbers.tolist()] if model.code_dim else ["completion"]
+    share = mask_ratio if args.visible is None else 1 - len(set(args.visible)) / n_patches
+    caption = f"Completions by {args.model}, {share:.0%} of the patches masked."
     caption += NORMALIZED if model.config.norm_pix_loss else ""
     save(picture_grid(torch.cat(rows).cpu(), ["image", "masked", *names], caption), out)
     if mosaics:
@@ -100,6 +115,19 @@ def draw(args):
         headers = ["image", "masked", *[""] * (MOSAIC[1] - 2)]
         mosaic = picture_grid(torch.cat(mosaics).cpu(), headers, caption)
         save(mosaic, out.with_name(f"{out.stem}_mosaic{out.suffix}"))
+
+
+def mask_of(visible, n_patches):
+    """The mask that shows the patches with the numbers `visible`, as ImplicitMAE.prefix takes it:
+    mask noise (1, L) and mask ratio. An InputError if it leaves no patch masked."""
+    shown = sorted(set(visible))
+    if shown and shown[-1] >= n_patches:
+        raise InputError(f"--visible {shown[-1]}: allowed are 0 to {n_patches - 1}")
+    if len(shown) == n_patches:
+        raise InputError(f"--visible: all {n_patches} patches are visible; leave some out")
+    noise = torch.ones(1, n_patches)
+    noise[0, shown] = 0
+    return noise, 1 - (len(shown) + 0.5) / n_patches  # the half guards against rounding down
 
 
 def open_picture(path):
