@@ -15,6 +15,7 @@ import time
 import zipfile
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -34,6 +35,7 @@ from explore_html import (  # noqa: E402
     walk_html,
 )
 from exploring import (  # noqa: E402
+    FRAMES,
     LARGEST_FILE,
     MOST_CODES,
     ORDERS,
@@ -54,6 +56,7 @@ from exploring import (  # noqa: E402
     plane_weights,
     random_mask,
     read_settings,
+    silent,
     walk_weights,
 )
 
@@ -70,6 +73,9 @@ HERE = Path(__file__).resolve().parent
 MODEL, DATA = (
     os.path.relpath(HERE.parent / "demo" / name) for name in ("imle_mnist.pt", "mnist_val.tar")
 )
+LARGE = 100  # pixels: larger pictures are shown larger, and smoothly
+LARGE_CSS = """.shown img { image-rendering: auto }
+.tiles { grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)) !important }"""
 FIRST_MASKS = 6  # masks of each thumbnail from which the first view is chosen
 INTRO = """# One masked picture, many completions
 A network sees only **some patches** of a picture and has to guess the rest. It gets a **code**
@@ -106,6 +112,13 @@ class Library:
             return str(self.paths[index])
         return self.images.name(self.places[index])
 
+    def path(self, view):
+        """The path of a view's picture if it came from the command line; else None."""
+        is_file = self.images is None and view.name in self.paths
+        if is_file and self.encoded(self.paths.index(view.name)) == view.picture:
+            return view.name
+        return None
+
     def _encoded(self, index):
         """The picture as a PNG in base64; an InputError if it is damaged."""
         try:
@@ -131,7 +144,8 @@ class Page:
         self.main = explorers[0]
         self.size, self.grid = self.main.config.image_size, self.main.config.grid
         self.n_patches = self.main.n_patches
-        self.show_progress = "hidden"  # of gradio; "full" for a slow model
+        self.busy = threading.Lock()  # held while models compute
+        self.is_slow = False  # whether a change takes so long that people want to see progress
 
     def first_view(self):
         """The view that the page opens with."""
@@ -151,27 +165,36 @@ class Page:
         start = time.perf_counter()
         self.main.complete(views[0])
         seconds = time.perf_counter() - start
-        self.show_progress = "full" if seconds > 1 else "hidden"
+        self.is_slow = seconds > 0.5
         if seconds > 0.1 or not self.main.code_dim:
             return views[0]
         # Where that takes no time: the picture and mask whose completions differ most.
         return max(views, key=lambda view: self.main.complete(view).deviation().mean())
 
     def parts(self, view, progress):
-        """The page's parts for a view, as HTML by name; the command as text."""
-        results = [explorer.complete(view, progress) for explorer in self.explorers]
-        chosen = self.chosen(view, results[0])
+        """The page's parts for a view, as HTML by name; the command as text. progress(done, total)
+        is called as completions are done."""
+        total, done = view.codes * len(self.explorers) + FRAMES, 0
+        total += PLANE**2 * (len(view.chosen) > 2)
+
+        def count(n):
+            nonlocal done
+            done += n
+            progress(done, total)
+
+        results = [explorer.complete(view, count) for explorer in self.explorers]
+        chosen, order = self.chosen(view, results[0]), results[0].order(view.order)
         grids = []
-        for explorer, done in zip(self.explorers, results, strict=True):
+        for explorer, result in zip(self.explorers, results, strict=True):
             name = f"<h4>{html.escape(explorer.source)}</h4>" if len(results) > 1 else ""
-            chosen_here = chosen if explorer is self.main else ()
-            grids.append(name + grid_html(view, done, explorer, chosen_here) + histogram_html(done))
+            grid = grid_html(result, explorer, order, chosen if explorer is self.main else None)
+            grids.append(name + grid + histogram_html(result))
         return {
             "note": mask_note(view, self.n_patches),
             "grid": grids[0],
             "compared": grids[1] if grids[1:] else "",
-            "walk": walk_html(self.walk(view, chosen)) if chosen[1:] else self.no_walk(),
-            "plane": plane_html(self.plane(view, chosen)) if chosen[2:] else "",
+            "walk": walk_html(self.walk(view, chosen, count)) if chosen[1:] else self.no_walk(),
+            "plane": plane_html(self.plane(view, chosen, count)) if chosen[2:] else "",
             "deviation": deviation_html(results[0]) if self.main.code_dim else "",
             "command": self.command(view, results[0]),
         }
@@ -180,17 +203,20 @@ class Page:
         """The codes A, B and C; at first two very different ones."""
         return tuple(n for n in view.chosen or done.ends() if n < len(done.cells))
 
-    def walk(self, view, chosen):
+    def walk(self, view, chosen, progress=silent):
         """Frames from code A to code B."""
-        return self.main.mixtures(view, chosen[:2], walk_weights())
+        return self.main.mixtures(view, chosen[:2], walk_weights(), progress)
 
-    def plane(self, view, chosen):
+    def plane(self, view, chosen, progress=silent):
         """Completions on the plane through A, B and C."""
-        return self.main.mixtures(view, chosen, plane_weights())
+        return self.main.mixtures(view, chosen, plane_weights(), progress)
 
     def command(self, view, done):
         """The command that draws the grid; "" if nothing is masked."""
-        return "" if done.plain_loss is None else command_of(view, done.order(view.order))
+        if done.plain_loss is None:
+            return ""
+        picture = self.library.path(view) or "picture.png"
+        return command_of(view, done.order(view.order), picture, self.main.overrides)
 
     def no_walk(self):
         """What stands in place of a walk."""
@@ -203,11 +229,12 @@ class Page:
         (folder / "view.json").write_text(view.to_json())
         decoded(view.picture).save(folder / "picture.png")
         results = [explorer.complete(view) for explorer in self.explorers]
+        order = results[0].order(view.order)
         for done, name in zip(results, ("completions.png", "compared.png"), strict=False):
-            order = done.order(view.order)
             first = torch.stack([done.image, done.masked, done.plain])
-            cells = torch.cat([first, done.cells[order]])
-            headers = ["image", "masked", "no code", *(f"code {n + 1}" for n in order)]
+            numbers = [n for n in order if n < len(done.cells)]
+            cells = torch.cat([first, done.cells[numbers]])
+            headers = ["image", "masked", "no code", *(f"code {n + 1}" for n in numbers)]
             explorer = self.explorers[name == "compared.png"]
             caption = f"Completions by {explorer.source}."
             caption += NORMALIZED * explorer.config.norm_pix_loss
@@ -244,133 +271,143 @@ WALKED = """watch("value", () => {
 def build(gr, page, view):
     """The gradio page; `view` is what it opens with."""
     with gr.Blocks(title="IMLE-SSL: completions", analytics_enabled=False) as blocks:
-        state, first = gr.State(view), gr.State(0)
-        gr.Markdown(INTRO)
-        message = gr.HTML(elem_id="message")
-        with gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                gr.Markdown("### 1 · Pick a picture")
-                thumbs = gr.HTML(js_on_load=CLICKED.replace("NAME", "index"), elem_id="thumbs")
-                with gr.Row():
-                    back, on_button, other = (
-                        gr.Button(text, size="sm", min_width=60)
-                        for text in ("◀ before", "next ▶", "any")
-                    )
-                with gr.Row(elem_id="upload"):
-                    upload = gr.UploadButton("your own: choose, drop or paste a picture", size="sm")
-                gr.Markdown("### 2 · Mask it\nClick patches, or draw over them.")
-                painter = gr.HTML(js_on_load=PAINTED, elem_id="painter")
-                note = gr.HTML(elem_id="note")
-                ratio = gr.Slider(0, 1, view.ratio, step=0.01, label="share masked at random")
-                masks = {}
-                for names in (("random", "block", "centre"), ("show all", "hide all")):
-                    with gr.Row():
-                        for name in names:
-                            masks[name] = gr.Button(name, size="sm", min_width=60)
-            with gr.Column(scale=5, min_width=300):
-                gr.Markdown("### 3 · Completions\nClick up to three, to walk between them below.")
-                with gr.Row():
-                    draw = gr.Button(
-                        "new codes (r)", variant="primary", size="sm", elem_id="draw", min_width=90
-                    )
-                    codes = gr.Slider(
-                        1, MOST_CODES, view.codes, step=1, label="codes", min_width=150
-                    )
-                    order = gr.Dropdown(ORDERS, value=view.order, label="order", min_width=150)
-                grid = gr.HTML(js_on_load=CLICKED.replace("NAME", "code"), elem_id="grid")
-                compared = gr.HTML(elem_id="compared", visible=len(page.explorers) > 1)
-        with gr.Row():
-            with gr.Column(min_width=300):
-                gr.Markdown(
-                    "### 4 · Walk from code to code\nFrom A to B; with a C also over the plane "
-                    "through all three."
+        state, first = gr.State(view), gr.State(0)  # first: index of the first thumbnail
+        connect(gr, blocks, page, lay_out(gr, view, len(page.explorers) > 1), state, first)
+    return blocks
+
+
+def lay_out(gr, view, several):
+    """The parts of the page, by name. several: whether two models are compared."""
+    on = SimpleNamespace()
+    gr.Markdown(INTRO)
+    on.message = gr.HTML(elem_id="message")
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            gr.Markdown("### 1 · Pick a picture")
+            on.thumbs = gr.HTML(js_on_load=CLICKED.replace("NAME", "index"), elem_id="thumbs")
+            with gr.Row():
+                on.back, on.next, on.other = (
+                    gr.Button(text, size="sm", min_width=60)
+                    for text in ("◀ before", "next ▶", "any")
                 )
-                walk, plane = gr.HTML(js_on_load=WALKED, elem_id="walk"), gr.HTML(elem_id="plane")
-            with gr.Column(min_width=300):
-                gr.Markdown("### 5 · Where codes matter")
-                deviation = gr.HTML(elem_id="deviation")
-        gr.Markdown("### 6 · Keep it")
-        command = gr.Textbox(
-            label="the command that draws this grid (picture.png is saved below)",
-            buttons=["copy"],
-            interactive=False,
-            elem_id="command",
-        )
-        with gr.Row(elem_id="keep"):
-            save = gr.Button("save pictures and settings", size="sm", elem_id="save")
-            reopen = gr.UploadButton("open settings (view.json)", size="sm")
-        files = gr.File(label="saved", visible=False, file_count="multiple", elem_id="files")
+            with gr.Row(elem_id="upload"):
+                on.upload = gr.UploadButton("your own: choose, drop or paste a picture", size="sm")
+            gr.Markdown("### 2 · Mask it\nClick patches, or draw over them.")
+            on.painter = gr.HTML(js_on_load=PAINTED, elem_id="painter")
+            on.note = gr.HTML(elem_id="note")
+            on.ratio = gr.Slider(0, 1, view.ratio, step=0.01, label="share masked at random")
+            on.masks = {}
+            for names in (("random", "block", "centre"), ("show all", "hide all")):
+                with gr.Row():
+                    for name in names:
+                        on.masks[name] = gr.Button(name, size="sm", min_width=60)
+        with gr.Column(scale=5, min_width=300):
+            gr.Markdown("### 3 · Completions\nClick up to three, to walk between them below.")
+            with gr.Row():
+                on.draw = gr.Button(
+                    "new codes (r)", variant="primary", size="sm", elem_id="draw", min_width=90
+                )
+                on.codes = gr.Slider(
+                    1, MOST_CODES, view.codes, step=1, label="codes", min_width=150
+                )
+                on.order = gr.Dropdown(ORDERS, value=view.order, label="order", min_width=150)
+            with gr.Row():
+                clicked = CLICKED.replace("NAME", "code")
+                on.grid = gr.HTML(js_on_load=clicked, elem_id="grid", min_width=300)
+                on.compared = gr.HTML(elem_id="compared", min_width=300, visible=several)
+    with gr.Row():
+        with gr.Column(min_width=300):
+            gr.Markdown(
+                "### 4 · Walk from code to code\nFrom A to B; with a C also over the plane "
+                "through all three."
+            )
+            on.walk, on.plane = gr.HTML(js_on_load=WALKED, elem_id="walk"), gr.HTML(elem_id="plane")
+        with gr.Column(min_width=300):
+            gr.Markdown("### 5 · Where codes matter")
+            on.deviation = gr.HTML(elem_id="deviation")
+    gr.Markdown("### 6 · Keep it")
+    on.command = gr.Textbox(
+        label="the command that draws this grid (picture.png is saved below)",
+        buttons=["copy"],
+        interactive=False,
+        elem_id="command",
+    )
+    with gr.Row(elem_id="keep"):
+        on.save = gr.Button("save pictures and settings", size="sm", elem_id="save")
+        on.reopen = gr.UploadButton("open settings (view.json)", size="sm")
+    on.files = gr.File(label="saved", visible=False, file_count="multiple", elem_id="files")
+    return on
 
-        parts = {"note": note, "grid": grid, "compared": compared, "walk": walk, "plane": plane}
-        parts |= {"deviation": deviation, "command": command}
-        controls = {"ratio": ratio, "codes": codes, "order": order}
-        shown = [message, state, first, thumbs, painter, files, *parts.values(), *controls.values()]
 
-        def show(view, start, progress=lambda done, total: None):
-            """The values of all parts for a view."""
-            values = {parts[name]: value for name, value in page.parts(view, progress).items()}
-            return values | {
-                message: "",
-                state: view,
-                first: start,
-                thumbs: thumbs_html(page.library, start, view.picture),
-                painter: painter_html(view, page.grid),
-                files: gr.update(visible=False, value=None),
-                ratio: view.ratio,
-                codes: view.codes,
-                order: view.order,
-            }
+def connect(gr, blocks, page, on, state, first):
+    """Makes the parts `on` the page react to events. state: holds the View."""
+    shown = [on.note, on.grid, on.compared, on.walk, on.plane, on.deviation, on.command]
+    shown += [state, first, on.message, on.thumbs, on.painter, on.files]
+    shown += [on.ratio, on.codes, on.order]
 
-        def on(register, change, *inputs, leave=(), start_of=lambda start: start):
-            """On an event, shows the view change(view, event, *values of inputs). Errors become a
-            line in the page. leave: parts that stay; start_of: the index of the first thumbnail."""
+    def show(view, start, progress):
+        """The values of all parts for a view."""
+        values = page.parts(view, progress)
+        return {getattr(on, name): value for name, value in values.items()} | {
+            state: view,
+            first: start,
+            on.message: "",
+            on.thumbs: thumbs_html(page.library, start, view.picture),
+            on.painter: painter_html(view, page.grid),
+            on.files: gr.update(visible=False, value=None),
+            on.ratio: view.ratio,
+            on.codes: view.codes,
+            on.order: view.order,
+        }
 
-            def react(view, start, event: gr.EventData, progress=gr.Progress(), *values):  # noqa: B008
-                try:
+    def when(event, change, *inputs, leave=(), start_of=lambda start: start):
+        """At an event, shows the view change(view, event, *values of inputs). Errors become a line
+        in the page. leave: parts that stay; start_of: gives the index of the first thumbnail."""
+
+        def react(view, start, event: gr.EventData, progress=gr.Progress(), *values):  # noqa: B008
+            try:
+                with page.busy:
                     new, start = change(view, event, *values), start_of(start)
                     outputs = show(new, start, lambda done, n: progress((done, n), unit="codes"))
-                    return {part: outputs[part] for part in outputs if part not in leave}
-                except Exception as error:  # of any kind: no traceback in the page
-                    text = html.escape(first_line(error))
-                    return {message: f'<p class="message" role="alert">{text}</p>'}
+                return {part: outputs[part] for part in outputs if part not in leave}
+            except Exception as error:  # of any kind: no traceback in the page
+                text = html.escape(first_line(error))
+                return {on.message: f'<p class="message" role="alert">{text}</p>'}
 
-            register(
-                react,
-                [state, first, *inputs],
-                shown,
-                show_progress=page.show_progress,
-                trigger_mode="always_last",
-                api_visibility="private",
-                concurrency_id="model",
-            )
-
-        changes = Changes(page)
-        same = [thumbs, first]
-        still = [*same, painter]  # what stays when the mask stays
-        on(blocks.load, lambda view, event: view)
-        on(thumbs.click, changes.pick, leave=[first])
-        on(back.click, lambda view, event: view, start_of=lambda n: max(0, n - THUMBS))
-        last = (len(page.library) - 1) // THUMBS * THUMBS
-        on(on_button.click, lambda view, event: view, start_of=lambda n: min(last, n + THUMBS))
-        on(other.click, changes.pick_random)
-        on(upload.upload, changes.upload, upload)
-        on(painter.input, changes.paint, leave=[*still, ratio])
-        on(ratio.input, changes.random_mask, ratio, leave=[*same, ratio])
-        for name, button in masks.items():
-            on(button.click, partial(changes.mask, name), leave=same)
-        on(draw.click, changes.draw, leave=still)
-        on(codes.input, changes.count, codes, leave=[*still, codes])
-        on(order.input, changes.order, order, leave=[*still, order])
-        on(grid.click, changes.choose, leave=still)
-        on(reopen.upload, changes.reopen, reopen)
-        save.click(
-            lambda view: gr.update(value=page.save(view, blocks.GRADIO_CACHE), visible=True),
-            state,
-            files,
+        event(
+            react,
+            [state, first, *inputs],
+            shown,
+            show_progress="full" if page.is_slow else "hidden",
+            show_progress_on=[on.grid],
+            trigger_mode="always_last",
             api_visibility="private",
-            concurrency_id="model",
         )
-    return blocks
+
+    def save(view):
+        """The files that are saved, to fetch."""
+        with page.busy:
+            return gr.update(value=page.save(view, blocks.GRADIO_CACHE), visible=True)
+
+    changes, last = Changes(page), (len(page.library) - 1) // THUMBS * THUMBS
+    same = [on.thumbs, first]  # what stays when the picture stays
+    still = [*same, on.painter]  # and when the mask stays
+    when(blocks.load, lambda view, event: view)
+    when(on.thumbs.click, changes.pick, leave=[first])
+    when(on.back.click, lambda view, event: view, start_of=lambda n: max(0, n - THUMBS))
+    when(on.next.click, lambda view, event: view, start_of=lambda n: min(last, n + THUMBS))
+    when(on.other.click, changes.pick_random)
+    when(on.upload.upload, changes.upload, on.upload)
+    when(on.painter.input, changes.paint, leave=[*still, on.ratio])
+    when(on.ratio.input, changes.random_mask, on.ratio, leave=[*same, on.ratio])
+    for name, button in on.masks.items():
+        when(button.click, partial(changes.mask, name), leave=same)
+    when(on.draw.click, changes.draw, leave=still)
+    when(on.codes.input, changes.count, on.codes, leave=[*still, on.codes])
+    when(on.order.input, changes.order, on.order, leave=[*still, on.order])
+    when(on.grid.click, changes.choose, leave=still)
+    when(on.reopen.upload, changes.reopen, on.reopen)
+    on.save.click(save, state, on.files, api_visibility="private")
 
 
 class Changes:
@@ -405,13 +442,15 @@ class Changes:
     def paint(self, view, event):
         """The mask that was drawn."""
         visible = event._data.get("visible") if isinstance(event._data, dict) else None
-        n_patches = self.page.n_patches
-        if not isinstance(visible, list) or not set(visible) <= set(range(n_patches)):
-            raise InputError(f"a mask is a list of patches from 0 to {n_patches - 1}")
+        allowed = range(self.page.n_patches)
+        is_list = isinstance(visible, list) and all(type(n) is int for n in visible)
+        if not is_list or not set(visible) <= set(allowed):
+            raise InputError(f"a mask is a list of patches from 0 to {allowed[-1]}")
         return view.changed(visible=tuple(sorted(set(visible))))
 
     def random_mask(self, view, event, ratio):
         """A random mask of another ratio, with the same seed."""
+        ratio = min(1.0, max(0.0, ratio))
         visible = random_mask(self.page.n_patches, ratio, view.mask_seed)
         return view.changed(visible=visible, ratio=ratio)
 
@@ -434,7 +473,8 @@ class Changes:
 
     def count(self, view, event, codes):
         """More or fewer codes."""
-        return view.changed(codes=int(codes), chosen=tuple(n for n in view.chosen if n < codes))
+        codes = min(MOST_CODES, max(1, int(codes)))
+        return view.changed(codes=codes, chosen=tuple(n for n in view.chosen if n < codes))
 
     def order(self, view, event, order):
         """Another order."""
@@ -499,12 +539,15 @@ def start(args):
         except ImportError as error:
             raise InputError(f"the page needs gradio ({error}): pip install gradio") from None
         page, view = make_page(args)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes
-        serve(gr, args, build(gr, page, view))
+        number = serve(gr, args, page, build(gr, page, view))
+    sys.exit(130 if number == signal.SIGINT else 0)
 
 
-def serve(gr, args, blocks):
-    """Serves the page until Ctrl-C."""
+def serve(gr, args, page, blocks):
+    """Serves the page until Ctrl-C or SIGTERM; returns the signal's number."""
+    css = (HERE / "explore.css").read_text()
+    if max(page.size) > LARGE:
+        css += LARGE_CSS
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     try:
         _, address, _ = blocks.launch(
@@ -519,13 +562,19 @@ def serve(gr, args, blocks):
             ssr_mode=False,
             mcp_server=False,
             theme=gr.themes.Default(**fonts),
-            css=(HERE / "explore.css").read_text(),
+            css=css,
             head=f"<script>{(HERE / 'explore.js').read_text()}</script>",
         )
     except OSError as error:
         raise InputError(f"--port, --host: {first_line(error)}") from None
     print(f"{address} shows the page, until Ctrl-C ends it", flush=True)
-    threading.Event().wait()
+    ended, numbers = threading.Event(), []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: (numbers.append(number), ended.set()))
+    ended.wait()
+    blocks.close(verbose=False)
+    page.busy.acquire()  # torch aborts if a thread still computes when the program ends
+    return numbers[0]
 
 
 def make_page(args):

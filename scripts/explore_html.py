@@ -79,8 +79,9 @@ def tile(cell, caption, *, code=None, badge="", classes=""):
     )
 
 
-def grid_html(view, done, explorer, chosen):
-    """All completions of a view in its order, with their losses."""
+def grid_html(done, explorer, order, chosen):
+    """All completions in an order, with their losses. chosen: the codes A, B and C; None where none
+    can be chosen."""
     nearest = done.nearest()
     alone = "" if done.plain_loss is None else f"<br>loss {done.plain_loss:.3f}"
     first = [
@@ -89,18 +90,19 @@ def grid_html(view, done, explorer, chosen):
         tile(done.plain, f"without code, as an MAE{alone}", classes="plain"),
     ]
     tiles = []
-    for code in done.order(view.order):
+    for code in (code for code in order if code < len(done.cells)):
         loss = f"<br>loss {done.losses[code]:.3f}" if done.losses else ""
         star = "<br>★ IMLE’s choice" if code == nearest else ""
-        badge = LETTERS[chosen.index(code)] if code in chosen else ""
+        badge = LETTERS[chosen.index(code)] if code in (chosen or ()) else ""
         classes = " ".join(["nearest"] * (code == nearest) + ["chosen"] * bool(badge))
         caption = f"code {code + 1}{loss}{star}"
-        tiles.append(tile(done.cells[code], caption, code=code, badge=badge, classes=classes))
+        number = None if chosen is None else code
+        tiles.append(tile(done.cells[code], caption, code=number, badge=badge, classes=classes))
     text = f"{len(tiles)} codes of {explorer.code_dim} random numbers, one completion each."
     text += " ★ is nearest to the image: of these codes, IMLE would train this one."
     if not explorer.code_dim:
         text = "This model has no codes: its one completion is an average of all possible ones."
-    if not done.losses:
+    if done.plain_loss is None:
         text += " Nothing is masked, so there is nothing to complete."
     text += " Visible patches are pasted in." + NORMALIZED * explorer.config.norm_pix_loss
     return (

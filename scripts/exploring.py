@@ -17,12 +17,12 @@ from typing import NamedTuple
 import _path  # noqa: F401 (makes the modules importable)
 import numpy as np
 import torch
-from complete import mask_of, most_different, open_picture
+from complete import mask_of, most_different
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from Augmentation import normalize
-from internals.decoding import reason_of
+from internals.decoding import open_image, reason_of
 from internals.plots import import_matplotlib
 from internals.weights import load_model
 from Models import in_precision, pictures
@@ -32,7 +32,7 @@ from Utils import InputError, Stream, fastest_dtype, mix_seeds, random_uniform
 DRAWN, NEAREST, DIFFERENT = "as drawn", "nearest to the image", "most different"
 ORDERS = (DRAWN, NEAREST, DIFFERENT)
 MOST_CODES = 64
-CODES_PER_PASS = 16
+CODES_PER_PASS = 4, 16  # fewest and most; fewer for large networks, to show progress
 FRAMES = 17  # of a walk between two codes
 PLANE = 5  # completions along each side of a plane through three codes
 USUAL_RATIO = 0.75  # of masked patches, in training
@@ -49,7 +49,7 @@ class View:
     """What the page shows. Everything else follows from it and from the models."""
 
     picture: str  # fitted to the model's size: a PNG in base64
-    name: str  # of the picture, for people; for a picture of the command line its path
+    name: str  # of the picture, for people
     visible: tuple[int, ...]  # numbers of the visible patches, rising
     ratio: float = USUAL_RATIO  # of a random mask
     mask_seed: int = 0
@@ -105,19 +105,20 @@ def read_settings(path, size, n_patches):
     try:
         if Path(path).stat().st_size > LARGEST_FILE:
             raise InputError(f"it is larger than {LARGEST_FILE // 2**20} MB")
-        return from_json(Path(path).read_bytes().decode(), size, n_patches)
-    except (OSError, UnicodeDecodeError, InputError) as error:
+        return from_json(Path(path).read_bytes().decode(errors="replace"), size, n_patches)
+    except (OSError, InputError) as error:
         raise InputError(f"cannot open {Path(path).name}: {reason_of(error)}") from None
 
 
-def command_of(view, numbers):
-    """The command that draws a view's grid, with the codes of these numbers. Its picture is the
-    saved one, unless it came from a file of the command line."""
-    picture = view.name if Path(view.name).is_file() else "picture.png"
-    words = ["python", "scripts/complete.py", view.model, picture, "--seed", str(view.seed)]
-    words += ["--visible", *map(str, view.visible)]
-    words += ["--code_numbers", *map(str, numbers)] if numbers else []
-    return shlex.join([*words, "--out", "completions.png"])
+def command_of(view, numbers, picture="picture.png", overrides=()):
+    """The command that draws a view's grid, with the codes of these numbers. picture: the path of
+    the view's picture; overrides: of Explorer, as a dict."""
+    words = ["python", "scripts/complete.py", view.model, picture, "--seed", view.seed]
+    words += ["--visible", *view.visible]
+    words += ["--code_numbers", *numbers] if numbers else []
+    for name, value in dict(overrides).items():
+        words += ["--input_size", *value] if name == "image_size" else [f"--{name}", int(value)]
+    return shlex.join(map(str, [*words, "--out", "completions.png"]))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -159,12 +160,13 @@ def check_upload(file, size):
 
 def open_upload(path):
     """The picture in a file that somebody sent, as scripts/complete.py reads it."""
+    path = Path(path)
     try:
         with open(path, "rb") as file:
-            check_upload(file, Path(path).stat().st_size)
+            check_upload(file, path.stat().st_size)
+        return open_image(path.read_bytes(), upright=True)
     except Exception as error:  # decoders raise anything for damaged bytes
-        raise InputError(f"cannot read {Path(path).name}: {reason_of(error)}") from None
-    return open_picture(path)
+        raise InputError(f"cannot read {path.name}: {reason_of(error)}") from None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -211,6 +213,10 @@ def code_seed(seed):
 # Completions.
 
 
+def silent(n):
+    """Shows no progress."""
+
+
 class Completed(NamedTuple):
     """The completions of a view, by code number from 0."""
 
@@ -236,8 +242,13 @@ class Completed(NamedTuple):
         return self.order(NEAREST)[0] if self.losses else None
 
     def ends(self):
-        """Two codes with very different completions, to walk between; fewer if there are fewer."""
-        return tuple(self.order(DIFFERENT)[:3][-2:])
+        """The two codes whose completions differ most, to walk between; none if there are fewer."""
+        if len(self.points) < 2:
+            return ()
+        if self.plain_loss is None:
+            return 0, 1
+        farthest = torch.cdist(self.points, self.points).argmax()
+        return divmod(int(farthest), len(self.points))
 
     def deviation(self):
         """The standard deviation over codes (H, W), mean over channels, as a share of white."""
@@ -252,9 +263,13 @@ class Explorer:
 
     def __init__(self, source, device, **overrides):
         model = load_model(source, **overrides).to(device).eval()
-        self.source, self.config, self.code_dim = source, model.config, model.code_dim
+        self.source, self.overrides = source, overrides
+        self.config, self.code_dim = model.config, model.code_dim
         self.model = in_precision(model, fastest_dtype(device))
         self.device, self.n_patches = device, math.prod(model.config.grid)
+        least, most = CODES_PER_PASS
+        values_per_code = self.n_patches * model.config.decoder_dim
+        self.codes_per_pass = max(least, min(most, 2**19 // values_per_code))
         self.prefix = functools.lru_cache(32)(self._prefix)
         self.predicted = functools.lru_cache(32)(self._predicted)
         self.mixed = functools.lru_cache(32)(self._mixed)
@@ -265,8 +280,8 @@ class Explorer:
         noise, ratio = mask_of(visible, self.n_patches)
         return images, self.model.prefix(images, noise.to(self.device), ratio)
 
-    def complete(self, view, progress=lambda done, total: None):
-        """The Completed of a view. progress(done, total) is called as codes are done."""
+    def complete(self, view, progress=silent):
+        """The Completed of a view. progress(n) is called when n further codes are done."""
         key = view.picture, view.visible, view.seed, view.codes
         return self.predicted(*key, Progress(progress))
 
@@ -283,10 +298,10 @@ class Explorer:
         seeds = code_seed(seed).to(self.device)
         plain = self.model.suffix(prefix, None, masked_only=False)[:, None]
         preds = [plain]
-        passes = code_passes(self.model, prefix, seeds, numbers, CODES_PER_PASS)
+        passes = code_passes(self.model, prefix, seeds, numbers, self.codes_per_pass)
         for codes in passes if n_codes else ():
             preds.append(self.model.suffix(prefix, codes, masked_only=False))
-            progress(sum(pred.shape[1] for pred in preds) - 1, n_codes)
+            progress(codes.shape[1])
         pred = torch.cat(preds, dim=1)  # (1, 1 + K, L, P*P*3)
         losses = image_losses(self.model, pred, images, prefix.mask)[0].tolist()
         image, masked, plain, *cells = pictures(pred, images, prefix.mask, self.config)[0].cpu()
@@ -294,13 +309,14 @@ class Explorer:
         points = pred[0, 1:, prefix.mask[0].bool()].flatten(1).float().cpu()
         return Completed(image, masked, plain, cells, losses[1:], losses[0], points)
 
-    def mixtures(self, view, chosen, weights):
+    def mixtures(self, view, chosen, weights, progress=silent):
         """Completions uint8 (n, 3, H, W) by mixtures of the codes with the numbers `chosen` (m,):
-        weights is a tuple of n tuples of m numbers."""
-        return self.mixed(view.picture, view.visible, view.seed, tuple(chosen), weights)
+        weights is a tuple of n tuples of m numbers. progress: as of `complete`."""
+        key = view.picture, view.visible, view.seed, tuple(chosen), weights
+        return self.mixed(*key, Progress(progress))
 
     @torch.no_grad()
-    def _mixed(self, picture, visible, seed, chosen, weights):
+    def _mixed(self, picture, visible, seed, chosen, weights, progress):
         """See mixtures."""
         if len(visible) == self.n_patches:
             return pil_to_tensor(decoded(picture)).expand(len(weights), -1, -1, -1)
@@ -308,10 +324,10 @@ class Explorer:
         seeds = code_seed(seed).to(self.device)
         codes = self.model.numbered_codes(seeds, torch.tensor([chosen], device=self.device))[0]
         codes = mix(codes, torch.tensor(weights, device=self.device))
-        preds = [
-            self.model.suffix(prefix, part[None], masked_only=False)
-            for part in codes.split(CODES_PER_PASS)
-        ]
+        preds = []
+        for part in codes.split(self.codes_per_pass):
+            preds.append(self.model.suffix(prefix, part[None], masked_only=False))
+            progress(len(part))
         return pictures(torch.cat(preds, dim=1), images, prefix.mask, self.config)[0, 2:].cpu()
 
 
