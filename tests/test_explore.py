@@ -22,13 +22,14 @@ from types import SimpleNamespace
 
 import complete
 import explore
-import explore_html
-import exploring
 import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, PATH, ROOT
-from exploring import DIFFERENT, DRAWN, NEAREST, Explorer, View
+from exploring import completions, pieces, views
+from exploring.completions import Explorer
+from exploring.page import Changes, Library, Page
+from exploring.views import DIFFERENT, DRAWN, NEAREST, View
 from PIL import Image
 
 import Models
@@ -44,13 +45,13 @@ HOSTILE = "<script>document.title = 'taken'</script>"
 def page():
     """The page of the demo's model and digits."""
     explorer = Explorer(DEMO, CPU)
-    return explore.Page(explore.Library([DIGITS], explorer.config.image_size), [explorer])
+    return Page(Library([DIGITS], explorer.config.image_size), [explorer])
 
 
 @pytest.fixture
 def view(page):
     """A view of a digit."""
-    name, mask = page.library.name(3), exploring.random_mask(49, 0.75, 0)
+    name, mask = page.library.name(3), views.random_mask(49, 0.75, 0)
     return View(page.library.encoded(3), name, mask, codes=6, model=DEMO)
 
 
@@ -85,15 +86,15 @@ def test_any_number_of_patches_may_be_visible(page, view, visible, tmp_path):
 def test_the_command_of_a_view_draws_the_same_pictures(source, order, tmp_path, monkeypatch):
     explorer = Explorer(source, CPU)
     picture = Image.open(ROOT / "demo/completions.png").crop((0, 22, 90, 100)).convert("RGB")
-    picture = exploring.fitted(picture, explorer.config.image_size)
-    visible = exploring.block_mask(explorer.config.grid, 3)
-    view = View(exploring.encoded(picture), "mine", visible, seed=5, codes=4, order=order)
+    picture = views.fitted(picture, explorer.config.image_size)
+    visible = views.block_mask(explorer.config.grid, 3)
+    view = View(views.encoded(picture), "mine", visible, seed=5, codes=4, order=order)
     view = view.changed(model=source)
     picture.save(tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)
     done = explorer.complete(view)
     numbers = done.order(order)
-    words = shlex.split(exploring.command_of(view, numbers))
+    words = shlex.split(views.command_of(view, numbers))
     assert words[:2] == ["python", "scripts/complete.py"]
     complete.main(words[2:])
     drawn = np.asarray(Image.open("completions.png").convert("RGB")).astype(int)
@@ -112,12 +113,12 @@ def test_the_command_of_a_view_draws_the_same_pictures(source, order, tmp_path, 
 
 def enlarged(cell, side):
     """A picture uint8 (3, H, W), enlarged, as an array."""
-    return np.asarray(exploring.picture_of(cell).resize((side, side), Image.NEAREST)).astype(int)
+    return np.asarray(completions.picture_of(cell).resize((side, side), Image.NEAREST)).astype(int)
 
 
 def test_the_encoder_runs_once_per_mask_and_codes_once_per_seed(view):
     explorer = Explorer(DEMO, CPU)
-    page = explore.Page(explore.Library([DIGITS], (28, 28)), [explorer])
+    page = Page(Library([DIGITS], (28, 28)), [explorer])
     runs = {"prefix": 0, "suffix": 0}
 
     def counted(name, function, *arguments, **options):
@@ -156,7 +157,7 @@ def test_the_marked_code_is_the_one_that_IMLE_chooses(view):
         explorer.model,
         images,
         noise,
-        exploring.code_seed(view.seed),
+        views.code_seed(view.seed),
         codes_per_image=6,
         codes_per_pass=6,
         mask_ratio=ratio,
@@ -165,7 +166,7 @@ def test_the_marked_code_is_the_one_that_IMLE_chooses(view):
     assert done.nearest() == int(chosen[1][0]) == int(np.argmin(done.losses))
     assert done.order(NEAREST)[0] == done.nearest() and done.order(DRAWN) == list(range(6))
     assert sorted(done.order(DIFFERENT)) == list(range(6)) and len(set(done.ends())) == 2
-    parts = explore_html.grid_html(done, explorer, range(6), ())
+    parts = pieces.grid_html(done, explorer, range(6), ())
     assert re.search(rf"code {done.nearest() + 1}<br>loss [\d.]+<br>★", parts)
 
 
@@ -177,25 +178,25 @@ def test_a_walk_leads_from_one_completion_to_the_other(page, view):
     steps = (frames[1:] - frames[:-1]).abs().float().mean((1, 2, 3))
     assert steps.max() < (frames[-1] - frames[0]).abs().float().mean()
     plane = page.plane(view, (1, 4, 0)).int()
-    corners = {0: 1, exploring.PLANE - 1: 4, exploring.PLANE * (exploring.PLANE - 1): 0}
+    corners = {0: 1, completions.PLANE - 1: 4, completions.PLANE * (completions.PLANE - 1): 0}
     for place, code in corners.items():
         assert (plane[place] - done.cells[code].int()).abs().max() <= 6
     codes = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
-    mixed = exploring.mix(codes, torch.tensor([[1.0, 0], [0.5, 0.5]]))
+    mixed = completions.mix(codes, torch.tensor([[1.0, 0], [0.5, 0.5]]))
     torch.testing.assert_close(mixed[0], codes[0])
     torch.testing.assert_close(mixed[1].norm(), codes.norm(dim=1).mean())
 
 
 def test_masks_are_those_of_the_command_and_of_their_names():
-    seed = exploring.code_seed(4)
+    seed = views.code_seed(4)
     model = SimpleNamespace(pos_embed=torch.zeros(1, 50))
     _, noise, _ = complete.prepare(model, torch.zeros(1, 3, 28, 28, dtype=torch.uint8), seed)
     expected = noise[0].argsort(stable=True)[:12].sort().values
-    assert exploring.random_mask(49, 0.75, 4) == tuple(expected.tolist())
-    assert exploring.random_mask(49, 1, 4) == () and len(exploring.random_mask(49, 0, 4)) == 49
-    masked = set(range(49)) - set(exploring.centre_mask((7, 7)))
+    assert views.random_mask(49, 0.75, 4) == tuple(expected.tolist())
+    assert views.random_mask(49, 1, 4) == () and len(views.random_mask(49, 0, 4)) == 49
+    masked = set(range(49)) - set(views.centre_mask((7, 7)))
     assert masked == {7 * row + column for row in range(1, 6) for column in range(1, 6)}
-    blocks = {exploring.block_mask((7, 7), seed) for seed in range(9)}
+    blocks = {views.block_mask((7, 7), seed) for seed in range(9)}
     assert len(blocks) > 3 and {len(block) for block in blocks} == {24}
 
 
@@ -205,8 +206,8 @@ def test_what_is_saved_opens_as_the_same_view(page, view, tmp_path):
     assert {"everything.zip", "view.json", "picture.png", "completions.png", "walk.webp"} < set(
         paths
     )
-    assert exploring.read_settings(paths["view.json"], (28, 28), 49) == view
-    assert Image.open(paths["walk.webp"]).n_frames == 2 * exploring.FRAMES - 2
+    assert views.read_settings(paths["view.json"], (28, 28), 49) == view
+    assert Image.open(paths["walk.webp"]).n_frames == 2 * completions.FRAMES - 2
     assert f"--seed 3 --visible {view.visible[0]} " in paths["command.txt"].read_text()
     args = argparse.Namespace(open=paths["view.json"], model=None, compare=None, pictures=[DIGITS])
     args.input_size = args.norm_pix_loss = None
@@ -230,7 +231,7 @@ BROKEN = {
     "large": png(20000, 20000),
     "bomb": png(2**31 - 1, 2**31 - 1),
     "program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-    "bytes": b"\x89PNG\r\n\x1a\n" + b"0" * (exploring.LARGEST_FILE + 1),
+    "bytes": b"\x89PNG\r\n\x1a\n" + b"0" * (views.LARGEST_FILE + 1),
 }
 
 
@@ -240,7 +241,7 @@ def test_broken_uploads_are_refused_in_one_line(kind, page, view, tmp_path, monk
     path.write_bytes(BROKEN[kind])
     if kind != "cut":
         monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
-    changes = explore.Changes(page)
+    changes = Changes(page)
     with pytest.raises(InputError, match=r"^cannot read upload.png: \w.*$"):
         changes.upload(view, None, str(path))
     with pytest.raises(InputError, match=r"^cannot open upload.png: \w.*$"):
@@ -277,14 +278,14 @@ def test_broken_uploads_are_refused_in_one_line(kind, page, view, tmp_path, monk
 )
 def test_settings_that_no_page_saved_are_refused(fields, view):
     with pytest.raises(InputError):
-        exploring.from_json(json.dumps(json.loads(view.to_json()) | fields), (28, 28), 49)
+        views.from_json(json.dumps(json.loads(view.to_json()) | fields), (28, 28), 49)
     for text in ("", "[]", "7", "{}", "[" * 99999):
         with pytest.raises(InputError):
-            exploring.from_json(text, (28, 28), 49)
+            views.from_json(text, (28, 28), 49)
 
 
 def test_events_that_no_page_sends_are_refused(page, view):
-    changes, event = explore.Changes(page), SimpleNamespace
+    changes, event = Changes(page), SimpleNamespace
     for data in (None, [], {}, {"index": -1}, {"index": "1"}, {"index": True}, {"index": 1000}):
         with pytest.raises(InputError):
             changes.pick(view, event(_data=data))
@@ -307,31 +308,31 @@ def test_events_that_no_page_sends_are_refused(page, view):
 def test_names_of_users_are_text(page, tmp_path):
     path = tmp_path / HOSTILE.replace("/", "_")
     Image.new("RGB", (40, 30)).save(path, "png")
-    library = explore.Library([str(path)], (28, 28))
-    shown = explore_html.thumbs_html(library, 0, "")
+    library = Library([str(path)], (28, 28))
+    shown = pieces.thumbs_html(library, 0, "")
     assert "<script" not in shown and "&lt;script" in shown
     view = View(library.encoded(0), library.name(0), (1,), model=DEMO)
     assert library.path(view) == str(path) and not library.path(view.changed(picture="x"))
-    assert shlex.quote(str(path)) in exploring.command_of(view, [1], library.path(view))
+    assert shlex.quote(str(path)) in views.command_of(view, [1], library.path(view))
 
 
 def test_normalised_predictions_are_named_and_a_model_without_codes_has_no_walk():
     explorer = Explorer(str(GOLDEN / "hf_vitmae_tiny"), CPU)
-    page = explore.Page(explore.Library([str(ROOT / "demo/completions.png")], (32, 32)), [explorer])
+    page = Page(Library([str(ROOT / "demo/completions.png")], (32, 32)), [explorer])
     parts = page.parts(page.first_view(), lambda done, total: None)
-    assert explore_html.NORMALIZED in parts["grid"] and "has no codes" in parts["grid"]
+    assert pieces.NORMALIZED in parts["grid"] and "has no codes" in parts["grid"]
     assert "no codes" in parts["walk"] and not parts["deviation"]
 
 
 def test_two_models_are_compared_on_the_same_mask_and_codes(view):
     explorers = [Explorer(DEMO, CPU), Explorer(DEMO, CPU, norm_pix_loss=True)]
-    page = explore.Page(explore.Library([DIGITS], (28, 28)), explorers)
+    page = Page(Library([DIGITS], (28, 28)), explorers)
     parts = page.parts(view.changed(order=NEAREST), lambda done, total: None)
     numbers = [re.findall(r"code (\d+)<br>", parts[name]) for name in ("grid", "compared")]
     assert numbers[0] == numbers[1] and len(numbers[0]) == 6
     a, b = (explorer.complete(view) for explorer in explorers)
     assert torch.equal(a.masked, b.masked) and torch.equal(a.points, b.points)
-    assert "--norm_pix_loss 1" in exploring.command_of(view, [0], "p.png", explorers[1].overrides)
+    assert "--norm_pix_loss 1" in views.command_of(view, [0], "p.png", explorers[1].overrides)
 
 
 @pytest.mark.parametrize(

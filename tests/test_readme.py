@@ -55,6 +55,7 @@ ELSEWHERE = {  # the beginnings of others -> why they are not run here
     "bash scripts/test.sh": "it runs this test",
     "torchrun": "test_training.py starts it on two nodes",
     "python -m pytest": "it is a test",
+    "python scripts/explore.py": "test_explore.py opens its page in a browser",
     "(srun|scancel)": "test_slurm.py does it on a real SLURM",
     "until python TrainIMLE.py": "test_slurm.py has it",
     "(wandb sync|pip install)": "another program's, over a network",

@@ -3,10 +3,11 @@
 import html
 import time
 
-from exploring import PLANE, USUAL_RATIO, encoded, overlay, picture_of
-
 from internals.plots import NORMALIZED
 from Utils import InputError
+
+from .completions import PLANE, overlay, picture_of
+from .views import USUAL_RATIO, encoded
 
 THUMBS = 12  # pictures shown to pick from
 LETTERS = "ABC"  # names of the chosen codes
@@ -99,7 +100,8 @@ def grid_html(done, explorer, order, chosen):
         number = None if chosen is None else code
         tiles.append(tile(done.cells[code], caption, code=number, badge=badge, classes=classes))
     text = f"{len(tiles)} codes of {explorer.code_dim} random numbers, one completion each."
-    text += " ★ is nearest to the image: of these codes, IMLE would train this one."
+    text += " ★ is nearest to the image: of these codes, IMLE would train this one. Loss: squared"
+    text += " error of the masked patches; lower is nearer."
     if not explorer.code_dim:
         text = "This model has no codes: its one completion is an average of all possible ones."
     if done.plain_loss is None:
