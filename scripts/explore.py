@@ -31,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 MODEL, DATA = (
     os.path.relpath(HERE.parent / "demo" / name) for name in ("imle_mnist.pt", "mnist_val.tar")
 )
+INSTALL = "pip install 'gradio>=6'"
 LARGE = 100  # pixels: larger pictures are shown larger, and smoothly
 LARGE_CSS = """.shown img { image-rendering: auto }
 .tiles { grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)) !important }"""
@@ -232,7 +233,9 @@ def start(args):
         try:
             import gradio as gr  # optional, and slow to import
         except ImportError as error:
-            raise InputError(f"the page needs gradio ({error}): pip install gradio") from None
+            raise InputError(f"the page needs gradio ({error}): {INSTALL}") from None
+        if int(gr.__version__.split(".")[0]) < 6:
+            raise InputError(f"the page needs gradio 6, here is {gr.__version__}: {INSTALL}")
         page, view = make_page(args)
         number = serve(gr, args, page, build(gr, page, view))
     sys.exit(130 if number == signal.SIGINT else 0)
@@ -260,7 +263,7 @@ def serve(gr, args, page, blocks):
             css=css,
             head=f"<script>{script}</script>",
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a proxy stands before this machine
         raise InputError(f"--port, --host: {first_line(error)}") from None
     print(f"{address} shows the page, until Ctrl-C ends it", flush=True)
     ended, numbers = threading.Event(), []

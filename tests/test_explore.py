@@ -2,6 +2,7 @@
 
 import argparse
 import base64
+import dataclasses
 import io
 import itertools
 import json
@@ -147,6 +148,37 @@ def test_a_change_takes_less_than_half_a_second(page, view):
         page.parts(new, lambda done, total: None)
         seconds.append(time.perf_counter() - start)
     assert sorted(seconds)[2] < 0.5
+
+
+@pytest.mark.parametrize("decoder", ["self", "cross"])
+@pytest.mark.parametrize("ip_spec", [((0, "local_adain"),), (("mask", "adain"), (3, "add")), ()])
+def test_codes_may_enter_anywhere(ip_spec, decoder, tmp_path):
+    config = Models.ModelConfig(
+        image_size=(16, 24), patch_size=4, dim=16, depth=2, num_heads=2, decoder_dim=16,
+        decoder_depth=2, decoder_num_heads=2, decoder=decoder, norm_pix_loss=False,
+        ip_spec=ip_spec, latent_dim=4, mapping_net_layers=2, mapping_net_lrmul=1.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Models.build(config)
+    content = {"model": model.state_dict(), "config": dataclasses.asdict(config)}
+    torch.save(content, tmp_path / "model.pt")
+    explorer = Explorer(str(tmp_path / "model.pt"), CPU)
+    page = Page(Library([str(ROOT / "demo/completions.png")], (16, 24)), [explorer])
+    view = page.first_view().changed(codes=3, chosen=(0, 1, 2) if ip_spec else ())
+    for visible in ((), (3,), tuple(range(23)), tuple(range(24))):
+        view = view.changed(visible=visible)
+        assert len(page.parts(view, lambda done, total: None)["grid"]) > 1000
+        done, noise = explorer.complete(view), torch.ones(1, 24)
+        noise[0, list(visible)] = 0
+        if len(visible) == 24:
+            continue
+        images, _ = explorer.prefix(view.picture, view.visible)
+        codes = model.sample_codes(views.code_seed(0), 3) if ip_spec else None
+        cells = Models.completions(
+            model.eval(), images, noise, codes, 1 - (len(visible) + 0.5) / 24
+        )
+        shown = done.cells if ip_spec else done.plain[None]
+        assert (cells[0, 2:].int() - shown.int()).abs().max() <= 6  # bfloat16
 
 
 def test_the_marked_code_is_the_one_that_IMLE_chooses(view):
@@ -316,6 +348,19 @@ def test_names_of_users_are_text(page, tmp_path):
     assert shlex.quote(str(path)) in views.command_of(view, [1], library.path(view))
 
 
+def test_damaged_pictures_can_not_be_picked(tmp_path):
+    for number, content in enumerate((b"", (ROOT / "demo/completions.png").read_bytes())):
+        (tmp_path / "class").mkdir(exist_ok=True)
+        for copy in range(2):
+            (tmp_path / f"class/{number}{copy}.png").write_bytes(content)
+    library = Library([str(tmp_path)], (28, 28))
+    assert len(library) == 4 and len(library.readable(0)) == 2
+    assert pieces.thumbs_html(library, 0, "").count("<button") == 2
+    assert Page(library, [Explorer(DEMO, CPU)]).first_view().picture == library.encoded(
+        library.readable(0)[0]
+    )
+
+
 def test_normalised_predictions_are_named_and_a_model_without_codes_has_no_walk():
     explorer = Explorer(str(GOLDEN / "hf_vitmae_tiny"), CPU)
     page = Page(Library([str(ROOT / "demo/completions.png")], (32, 32)), [explorer])
@@ -345,15 +390,17 @@ def test_two_models_are_compared_on_the_same_mask_and_codes(view):
         ([DEMO, DIGITS, "--open", "README.md"], "--open"),
         ([DEMO, DIGITS, "--port", "0"], "--port"),
         ([DEMO, DIGITS, "--prot", "1"], "did you mean --port"),
-        (["NO GRADIO"], "pip install gradio"),
+        (["NO GRADIO"], "pip install 'gradio>=6'"),
+        (["OLD GRADIO"], "gradio 6, here is 5.9"),
     ],
 )
 def test_exploring_refuses_bad_input_in_one_line(arguments, named, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    lacks = arguments == ["NO GRADIO"]
-    monkeypatch.setitem(sys.modules, "gradio", None if lacks else SimpleNamespace())
+    gradio = {"NO GRADIO": None, "OLD GRADIO": SimpleNamespace(__version__="5.9")}
+    new = SimpleNamespace(__version__="6.1")
+    monkeypatch.setitem(sys.modules, "gradio", gradio.get(arguments[0], new))
     with pytest.raises(SystemExit) as ended:
-        explore.main([] if lacks else [*map(str, arguments)])
+        explore.main([] if arguments[0] in gradio else [*map(str, arguments)])
     said = capsys.readouterr().err
     assert ended.value.code == 2 and len(said.splitlines()) == 1 and named in said
 

@@ -10,6 +10,7 @@ import pytest
 import report
 from conftest import command
 from PIL import Image
+from runs import main as list_runs
 
 HOSTILE = "</script><script>document.title = 'taken'</script><!-- <b>&amp;"
 
@@ -88,17 +89,18 @@ def test_a_report_reads_damaged_runs(runs):
 
 
 @pytest.mark.parametrize("place", ["nothing", "unwritable"])
-def test_a_report_refuses_in_one_line(tiny_run, tmp_path, place):
+def test_a_report_refuses_in_one_line(tiny_run, tmp_path, place, capsys):
     runs = tmp_path if place == "nothing" else tiny_run
-    program = (sys.executable, "scripts/report.py")
-    done = command(runs, "--out", tmp_path / "no/report.html", program=program, check=False)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert ("no run in" if place == "nothing" else "--out") in done.stderr
+    with pytest.raises(SystemExit) as ended:
+        report.main([str(runs), "--out", str(tmp_path / "no/report.html")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and len(said.splitlines()) == 1
+    assert ("no run in" if place == "nothing" else "--out") in said
 
 
-def test_the_list_of_runs_names_the_report(tiny_run):
-    done = command(tiny_run, program=(sys.executable, "scripts/runs.py"))
-    assert f"scripts/report.py {tiny_run}" in done.stderr
+def test_the_list_of_runs_names_the_report(tiny_run, capsys):
+    list_runs([str(tiny_run)])
+    assert f"scripts/report.py {tiny_run}" in capsys.readouterr().err
 
 
 def test_a_long_curve_keeps_its_shape_and_its_end():

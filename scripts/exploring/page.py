@@ -1,6 +1,7 @@
 """What the page of scripts/explore.py does, without gradio: the pictures to pick from, the parts of
 the page for a view, and what events make of a view."""
 
+import contextlib
 import html
 import secrets
 import tempfile
@@ -73,6 +74,15 @@ class Library:
     def __len__(self):
         return len(self.paths if self.images is None else self.images)
 
+    def readable(self, first):
+        """The indices, of THUMBS from `first` on, of pictures that are not damaged."""
+        found = []
+        for index in range(first, min(first + THUMBS, len(self))):
+            with contextlib.suppress(InputError):
+                self.encoded(index)
+                found.append(index)
+        return found
+
     def name(self, index):
         """The path of a file, or the name of a picture in a data set."""
         if self.images is None:
@@ -122,7 +132,7 @@ class Page:
                 model=self.main.source,
                 compare=compare,
             )
-            for index in range(min(THUMBS, len(self.library)))
+            for index in self.library.readable(0) or [0]  # [0]: the error says what is wrong
             for mask_seed in range(FIRST_MASKS)
         ]
         start = time.perf_counter()

@@ -4,7 +4,6 @@ import html
 import time
 
 from internals.plots import NORMALIZED
-from Utils import InputError
 
 from .completions import PLANE, overlay, picture_of
 from .views import USUAL_RATIO, encoded
@@ -27,11 +26,8 @@ def image_of(cell, alt=""):
 def thumbs_html(library, first, current):
     """The pictures from index `first` on, to pick from."""
     buttons = []
-    for index in range(first, min(first + THUMBS, len(library))):
-        try:
-            data, name = library.encoded(index), library.name(index)
-        except InputError:  # a damaged picture can't be picked
-            continue
+    for index in library.readable(first):
+        data, name = library.encoded(index), library.name(index)
         here = "here" if data == current else ""
         label = html.escape(name)
         buttons.append(
