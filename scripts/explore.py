@@ -3,10 +3,12 @@ many codes make of it, walk between codes.
 
 python scripts/explore.py demo/imle_mnist.pt demo/mnist_val.tar"""
 
+import errno
 import html
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -31,6 +33,8 @@ HERE = Path(__file__).resolve().parent
 MODEL, DATA = (
     os.path.relpath(HERE.parent / "demo" / name) for name in ("imle_mnist.pt", "mnist_val.tar")
 )
+PORTS = range(7860, 7960)
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 INSTALL = "pip install 'gradio>=6'"
 LARGE = 100  # pixels: larger pictures are shown larger, and smoothly
 LARGE_CSS = """.shown img { image-rendering: auto }
@@ -228,6 +232,7 @@ def main(argv=None):
 
 def start(args):
     """Puts the page together and serves it."""
+    port = free_port(args.host, args.port)
     with tempfile.TemporaryDirectory() as folder:  # for uploads and what is saved
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
         try:
@@ -237,21 +242,37 @@ def start(args):
         if int(gr.__version__.split(".")[0]) < 6:
             raise InputError(f"the page needs gradio 6, here is {gr.__version__}: {INSTALL}")
         page, view = make_page(args)
-        number = serve(gr, args, page, build(gr, page, view))
+        blocks = build(gr, page, view)
+        number = serve(blocks, page, args.host, port, gr.themes.Default(**FONTS), args.no_browser)
     sys.exit(130 if number == signal.SIGINT else 0)
 
 
-def serve(gr, args, page, blocks):
+def free_port(host, port):
+    """The port, or without one the first free one from 7860 on; an InputError if none is free."""
+    for number in [port] if port else PORTS:
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            socket.create_server((host, number), family=family).close()
+            return number
+        except OSError as error:
+            reason = error.strerror
+            if error.errno != errno.EADDRINUSE:
+                break
+    raise InputError(f"--host {host}, --port {number}: {reason}")
+
+
+def serve(blocks, page, host, port, theme, no_browser):
     """Serves the page until Ctrl-C or SIGTERM; returns the signal's number."""
     css, script = ((HERE / "exploring" / name).read_text() for name in ("page.css", "page.js"))
     if max(page.size) > LARGE:
         css += LARGE_CSS
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    # gradio asks its own server whether it is there: no proxy must stand between.
+    os.environ["NO_PROXY"] = f"{os.environ.get('NO_PROXY', '')},{host},localhost,127.0.0.1"
     try:
         _, address, _ = blocks.launch(
-            server_name=args.host,
-            server_port=args.port,
-            inbrowser=not args.no_browser,
+            server_name=host,
+            server_port=port,
+            inbrowser=not no_browser,
             prevent_thread_lock=True,
             share=False,
             quiet=True,
@@ -259,7 +280,7 @@ def serve(gr, args, page, blocks):
             footer_links=[],
             ssr_mode=False,
             mcp_server=False,
-            theme=gr.themes.Default(**fonts),
+            theme=theme,
             css=css,
             head=f"<script>{script}</script>",
         )

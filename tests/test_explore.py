@@ -389,6 +389,8 @@ def test_two_models_are_compared_on_the_same_mask_and_codes(view):
         ([DEMO, DIGITS, "--compare", GOLDEN / "hf_vitmae_tiny"], "--compare"),
         ([DEMO, DIGITS, "--open", "README.md"], "--open"),
         ([DEMO, DIGITS, "--port", "0"], "--port"),
+        ([DEMO, DIGITS, "--host", "192.0.2.1"], "--host 192.0.2.1"),  # of no machine (RFC 5737)
+        ([DEMO, DIGITS, "--host", "no host"], "--host no host"),
         ([DEMO, DIGITS, "--prot", "1"], "did you mean --port"),
         (["NO GRADIO"], "pip install 'gradio>=6'"),
         (["OLD GRADIO"], "gradio 6, here is 5.9"),

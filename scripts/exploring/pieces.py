@@ -114,32 +114,27 @@ def histogram_html(done, bins=16):
     if len(done.losses) < 2:
         return ""
     low, high = min([*done.losses, done.plain_loss]), max([*done.losses, done.plain_loss])
-    width = (high - low) / bins or 1
+    span = (high - low) or 1
     counts = [0] * bins
     for loss in done.losses:
-        counts[min(bins - 1, int((loss - low) / width))] += 1
-    parts, most = [], max(counts)
+        counts[min(bins - 1, int((loss - low) / span * bins))] += 1
+    parts, names = [], []
     for number, count in enumerate(counts):
-        y = 90 - 60 * count / most
+        height = 70 * count / max(counts)
         parts.append(
-            f'<rect x="{20 + number * 37.5:.1f}" y="{y:.1f}" width="35" height="{90 - y:.1f}" '
-            'fill="currentColor" opacity=".35"/>'
+            f'<rect x="{20 + number * 600 / bins:.1f}" y="{80 - height:.1f}" height="{height:.1f}" '
+            f'width="{600 / bins - 2:.1f}" fill="currentColor" opacity=".35"/>'
         )
     mean = sum(done.losses) / len(done.losses)
-    marks = {"nearest code": min(done.losses), "mean over codes": mean, "no code": done.plain_loss}
-    colours = ("#d98a00", "#3b82d6", "#b8559a")
-    for row, ((name, loss), colour) in enumerate(zip(marks.items(), colours, strict=True)):
-        x = 20 + (loss - low) / ((high - low) or 1) * 600
-        side, shift = ("end", -4) if x > 320 else ("start", 4)
-        parts.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{4 + 11 * row}" y2="90" stroke="{colour}" '
-            f'stroke-width="2"/><text x="{x + shift:.1f}" y="{13 + 11 * row}" '
-            f'text-anchor="{side}" style="fill: {colour}">{name} {loss:.3f}</text>'
-        )
+    marks = {"nearest code": min(done.losses), "without code": done.plain_loss, "mean": mean}
+    for (name, loss), colour in zip(marks.items(), ("#d98a00", "#b8559a", "#3b82d6"), strict=True):
+        x = 20 + (loss - low) / span * 600
+        parts.append(f'<path d="M{x:.1f} 0V84" stroke="{colour}" stroke-width="3"/>')
+        names.append(f'<b style="color: {colour}">▎</b>{name} {loss:.3f}')
     return (
-        '<svg class="histogram" viewBox="0 0 640 108" role="img" aria-label="losses of the codes">'
-        f'{"".join(parts)}<text x="20" y="104">loss {low:.3f}</text>'
-        f'<text x="620" y="104" text-anchor="end">{high:.3f}</text></svg>'
+        f'<svg class="histogram" viewBox="0 0 640 86" role="img" aria-label="losses of the codes">'
+        f'{"".join(parts)}</svg><p class="faint">The codes’ losses, from {min(done.losses):.3f} to '
+        f"{max(done.losses):.3f}: {', '.join(names)}</p>"
     )
 
 
