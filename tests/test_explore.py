@@ -260,7 +260,7 @@ BROKEN = {
     "empty": b"",
     "text": b"no picture",
     "cut": png(9, 9),
-    "large": png(20000, 20000),
+    "large": png(8000, 8000),  # fewer pixels than Pillow warns of
     "bomb": png(2**31 - 1, 2**31 - 1),
     "program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
     "bytes": b"\x89PNG\r\n\x1a\n" + b"0" * (views.LARGEST_FILE + 1),
@@ -274,7 +274,8 @@ def test_broken_uploads_are_refused_in_one_line(kind, page, view, tmp_path, monk
     if kind != "cut":
         monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
     changes = Changes(page)
-    with pytest.raises(InputError, match=r"^cannot read upload.png: \w.*$"):
+    reason = "it has .*million pixels" if kind in ("large", "bomb") else r"\w"
+    with pytest.raises(InputError, match=rf"^cannot read upload.png: {reason}.*$"):
         changes.upload(view, None, str(path))
     with pytest.raises(InputError, match=r"^cannot open upload.png: \w.*$"):
         changes.reopen(view, None, str(path))
