@@ -25,7 +25,7 @@ LARGEST_PAGE = 10_000_000  # bytes
 POINTS = 500  # of a curve, at most
 PICTURES = 48  # of a grid through a run's training, at most
 WIDTH, QUALITY = 1400, 75  # of pictures, in pixels at most, and of their WebP
-EACH_RUN_S_OWN = {"uid", "suffix", "notes", "save_folder"}  # flags that differ by themselves
+OWN_FLAGS = {"uid", "suffix", "notes", "save_folder"}  # flags that differ in any two runs
 
 
 def main(argv=None):
@@ -62,7 +62,7 @@ def describe(runs, records):
     columns = COLUMNS | {key: (key, "{:.4g}") for key in others}
     panels = CURVES | {key: {key: key} for key in others}
     keys = [key for panel in panels.values() for key in panel]
-    names = sorted({name for some in flags for name in some} - EACH_RUN_S_OWN)
+    names = sorted({name for some in flags for name in some} - OWN_FLAGS)
     differing = [name for name in names if len({some.get(name) for some in flags}) > 1]
     shown = [
         {

@@ -20,6 +20,7 @@ from Utils import fastest_dtype
 from .views import DIFFERENT, NEAREST, code_seed, decoded
 
 CODES_PER_PASS = 4, 16  # fewest and most; fewer for large networks, to show progress
+KEPT = 8  # results of each kind that an Explorer keeps
 FRAMES = 17  # of a walk between two codes
 PLANE = 5  # completions along each side of a plane through three codes
 
@@ -85,9 +86,9 @@ class Explorer:
         least, most = CODES_PER_PASS
         values_per_code = self.n_patches * model.config.decoder_dim
         self.codes_per_pass = max(least, min(most, 2**19 // values_per_code))
-        self.prefix = functools.lru_cache(32)(self._prefix)
-        self.predicted = functools.lru_cache(32)(self._predicted)
-        self.mixed = functools.lru_cache(32)(self._mixed)
+        self.prefix = functools.lru_cache(KEPT)(self._prefix)
+        self.predicted = functools.lru_cache(KEPT)(self._predicted)
+        self.mixed = functools.lru_cache(KEPT)(self._mixed)
 
     def _prefix(self, picture, visible):
         """The normalised picture (1,3,H,W) and its model.prefix."""
@@ -97,11 +98,11 @@ class Explorer:
 
     def complete(self, view, progress=silent):
         """The Completed of a view. progress(n) is called when n further codes are done."""
-        key = view.picture, view.visible, view.seed, view.codes
-        return self.predicted(*key, Progress(progress))
+        self.progress = progress
+        return self.predicted(view.picture, view.visible, view.seed, view.codes)
 
     @torch.no_grad()
-    def _predicted(self, picture, visible, seed, n_codes, progress):
+    def _predicted(self, picture, visible, seed, n_codes):
         """See complete."""
         n_codes = n_codes if self.code_dim else 0
         if len(visible) == self.n_patches:  # nothing to complete
@@ -116,7 +117,7 @@ class Explorer:
         passes = code_passes(self.model, prefix, seeds, numbers, self.codes_per_pass)
         for codes in passes if n_codes else ():
             preds.append(self.model.suffix(prefix, codes, masked_only=False))
-            progress(codes.shape[1])
+            self.progress(codes.shape[1])
         pred = torch.cat(preds, dim=1)  # (1, 1 + K, L, P*P*3)
         losses = image_losses(self.model, pred, images, prefix.mask)[0].tolist()
         image, masked, plain, *cells = pictures(pred, images, prefix.mask, self.config)[0].cpu()
@@ -127,11 +128,11 @@ class Explorer:
     def mixtures(self, view, chosen, weights, progress=silent):
         """Completions uint8 (n, 3, H, W) by mixtures of the codes with the numbers `chosen` (m,):
         weights is a tuple of n tuples of m numbers. progress: as of `complete`."""
-        key = view.picture, view.visible, view.seed, tuple(chosen), weights
-        return self.mixed(*key, Progress(progress))
+        self.progress = progress
+        return self.mixed(view.picture, view.visible, view.seed, tuple(chosen), weights)
 
     @torch.no_grad()
-    def _mixed(self, picture, visible, seed, chosen, weights, progress):
+    def _mixed(self, picture, visible, seed, chosen, weights):
         """See mixtures."""
         if len(visible) == self.n_patches:
             return pil_to_tensor(decoded(picture)).expand(len(weights), -1, -1, -1)
@@ -142,24 +143,8 @@ class Explorer:
         preds = []
         for part in codes.split(self.codes_per_pass):
             preds.append(self.model.suffix(prefix, part[None], masked_only=False))
-            progress(len(part))
+            self.progress(len(part))
         return pictures(torch.cat(preds, dim=1), images, prefix.mask, self.config)[0, 2:].cpu()
-
-
-class Progress:
-    """A function that caches take for the same as any other."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, *arguments):
-        self.function(*arguments)
-
-    def __eq__(self, other):
-        return isinstance(other, Progress)
-
-    def __hash__(self):
-        return 0
 
 
 def mix(codes, weights):
