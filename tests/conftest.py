@@ -15,7 +15,6 @@ import Data
 import Models
 
 ROOT = Path(__file__).resolve().parent.parent
-GOLDEN = ROOT / "tests/golden"
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 

@@ -26,7 +26,7 @@ import explore
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, PATH, ROOT
+from conftest import PATH, ROOT
 from exploring import completions, pieces, views
 from exploring.completions import Explorer
 from exploring.page import Changes, Library, Page
@@ -37,7 +37,7 @@ import Models
 import TrainIMLE
 from Utils import InputError
 
-CPU = torch.device("cpu")
+CPU, GOLDEN = torch.device("cpu"), ROOT / "tests/golden"
 DEMO, DIGITS = str(ROOT / "demo/imle_mnist.pt"), str(ROOT / "demo/mnist_val.tar")
 HOSTILE = "<script>document.title = 'taken'</script>"
 
