@@ -24,7 +24,13 @@ import Data
 import IO
 import Utils
 from Augmentation import transforms
-from internals.encoders import check_finite, extract, load_encoder, nearest_neighbors
+from internals.encoders import (
+    check_finite,
+    effective_rank,
+    extract,
+    load_encoder,
+    nearest_neighbors,
+)
 from internals.full_probe import Encoder, full_probe, make_plan, probe_folder
 from internals.processes import StopSignal, adopt_slurm_step, launch, run_command
 from internals.runs import check_writable
@@ -143,9 +149,11 @@ class FastProbe:
         return tuple(len(labels) for _, labels in self.sets)
 
     def __call__(self, model):
-        """{"top1", "top5", "knn"} of the model's encoder, fractions."""
+        """{"top1", "top5", "knn"} of the model's encoder, fractions; "rankme" of the test images'
+        features."""
         train, test = ((features(model)[:, 0], labels) for features, labels in self.sets)
-        return self.train_head(*train, *test)
+        accuracies = self.train_head(*train, *test)  # also checks that the features are finite
+        return accuracies | {"rankme": effective_rank(test[0])}
 
 
 # -------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ import Samplers
 from Augmentation import normalize, transforms
 from internals import runs
 from internals.checkpoints import Checkpoints, Keeper, Progress, refuse_unknown
+from internals.encoders import extract
 from internals.processes import StopSignal, adopt_slurm_step, launch, run_command
 from internals.runs import locate_run
 from internals.weights import PUBLISHED
@@ -403,6 +404,7 @@ def make_validation(flags, record, stop, images_tr, images_val, device, dtype):
         "pretrain_train": (images_tr, flags.ex_for_vis_tr),
         "pretrain_test": (images_val, flags.ex_for_vis_te),
     }
+    pool, n_codes = "mean" if flags.global_pool else "cls", 0 if flags.probe_ignore_z else 1
     probe = None
     if flags.fast_linear_probe and flags.steps_per_eval:
         probe = LinearProbe.FastProbe(
@@ -415,8 +417,8 @@ def make_validation(flags, record, stop, images_tr, images_val, device, dtype):
             augs_per_image=flags.probe_augs_per_image,
             use_augs=bool(flags.use_augs),
             images_per_pass=flags.probe_bs_val,
-            pool="mean" if flags.global_pool else "cls",
-            n_codes=0 if flags.probe_ignore_z else 1,
+            pool=pool,
+            n_codes=n_codes,
             lr=flags.probe_lr,
             epochs=flags.probe_epochs,
             batch_size=flags.probe_bs,
@@ -425,16 +427,28 @@ def make_validation(flags, record, stop, images_tr, images_val, device, dtype):
             loader_timeout=flags.loader_timeout,
             stopping=stop.asked,
         )
+    loss_examples = examples(images_val, flags.ex_for_mse_loss, transform, seed=seed, **loading)
+    features = partial(
+        extract,
+        loader=loss_examples.loader,
+        indices=loss_examples.indices,
+        seeds=loss_examples.seeds,
+        device=device,
+        batch_size=flags.probe_bs_val,
+        parts=(pool,),
+        n_codes=n_codes,
+    )
     return Validation(
         record,
         stop,
-        loss_examples=examples(images_val, flags.ex_for_mse_loss, transform, seed=seed, **loading),
+        loss_examples=loss_examples,
         picture_examples={
             name: examples(images, count, transform, seed=seed, **loading)
             for name, (images, count) in grids.items()
             if count
         },
         probe=probe,
+        features=features,
         steps_per_eval=flags.steps_per_eval,
         images_per_pass=flags.eval_bs,
         codes_per_image=flags.z_per_ex_loss,

@@ -3,6 +3,7 @@ transforms, masks and codes."""
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ import LinearProbe
 import Utils
 from Augmentation import normalize
 from internals import plots
-from internals.encoders import NotFiniteError
+from internals.encoders import NotFiniteError, check_finite, effective_rank
 from internals.processes import StopSignal
 from internals.runs import Run
 from Models import completions, in_precision
@@ -87,6 +88,7 @@ class Validation:
     loss_examples: Examples
     picture_examples: dict  # name of a grid -> Examples
     probe: LinearProbe.FastProbe | None
+    features: Callable  # model -> features (n, 1, C) for RankMe, where there is no probe
     steps_per_eval: int  # gradient steps between validations; 0: never
     images_per_pass: int
     codes_per_image: int
@@ -125,16 +127,26 @@ class Validation:
         # To add a metric, add a number to `values`: it is logged, drawn and listed. The first
         # process logs its own number.
         values = self.losses(model, with_codes)
-        if self.probe is not None:
-            try:
-                accuracy = self.probe(model)
-                values["fast_linear_probe/acc_te"] = accuracy["top1"]
-                values["fast_linear_probe/knn_te"] = accuracy["knn"]
-            except NotFiniteError as error:
-                say(f"warning: no probe after {step} gradient steps: {error}")
+        try:
+            values |= self.encoder_metrics(model)
+        except NotFiniteError as error:
+            say(f"warning: no probe after {step} gradient steps: {error}")
         for name, some_examples in self.picture_examples.items():
             values[f"images/{name}"] = self.picture(model, name, some_examples, step, with_codes)
         return values
+
+    def encoder_metrics(self, model):
+        """RankMe, and the accuracies of the probe; see `probe` and `features`."""
+        if self.probe is None:
+            features = self.features(model)[:, 0]
+            check_finite(features, "validation")
+            return {"pretrain/rankme": effective_rank(features)}
+        result = self.probe(model)
+        return {
+            "fast_linear_probe/acc_te": result["top1"],
+            "fast_linear_probe/knn_te": result["knn"],
+            "pretrain/rankme": result["rankme"],
+        }
 
     def losses(self, model, with_codes):
         """The means of METRICS. Each image is evaluated by one process."""

@@ -231,6 +231,14 @@ def check_finite(features, title):
         raise NotFiniteError(f"{reason}; try --sample_dtype float32, or is the model damaged?")
 
 
+def effective_rank(features, epsilon=1e-7):
+    """RankMe (Garrido et al. 2023, equation 1) of features (n, C): exp of the entropy of their
+    singular values as shares of the sum, from 1 to min(n, C). It needs no labels."""
+    shares = torch.linalg.svdvals(features.double())
+    shares = shares / shares.sum().clamp(min=1e-300) + epsilon
+    return torch.special.entr(shares).sum().exp().item()
+
+
 def nearest_neighbors(features, labels, features_test, labels_test, k=20, temperature=0.07):
     """The accuracy, a fraction, of a vote of the k nearest training features by cosine similarity
     (Wu et al. 2018, section 3.4)."""

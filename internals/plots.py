@@ -70,6 +70,7 @@ CURVES = {  # panel -> {metric: label}. A metric that is in no panel gets a pane
         "fast_linear_probe/acc_te": "linear probe",
         "fast_linear_probe/knn_te": "nearest neighbours",
     },
+    "effective rank of features": {"pretrain/rankme": "RankMe"},
     "spread over codes": {"pretrain/code_spread": "standard deviation"},
     "learning rates": {"pretrain/lr_mae": "MAE", "pretrain/lr_z": "injections"},
     "norm of the gradient": {"pretrain/grad_norm": "mean over steps"},

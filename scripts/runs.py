@@ -23,6 +23,7 @@ COLUMNS = {  # heading -> (key in metrics.jsonl, format); other metrics follow u
     "spread": ("pretrain/code_spread", "{:.4f}"),
     "probe": ("fast_linear_probe/acc_te", "{:.3f}"),
     "k-NN": ("fast_linear_probe/knn_te", "{:.3f}"),
+    "rank": ("pretrain/rankme", "{:.1f}"),
 }
 
 

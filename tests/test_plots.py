@@ -57,18 +57,24 @@ def test_a_metric_that_is_new_is_drawn_in_a_panel_of_its_own_and_listed(tmp_path
     known = records(
         "epoch", "time/validation_seconds", "pretrain/loss_te", "pretrain/loss_baseline"
     )
-    values = {"mine/fid": 12.5, "mine/bad": None, "images/x": "images/x.png", "mine/text": "new"}
+    values = {
+        "pretrain/rankme": 3.21,
+        "mine/fid": 12.5,
+        "mine/bad": None,
+        "images/x": "images/x.png",
+        "mine/text": "new",
+    }
     content = [*known, {"pretrain/step": 9, **values}]
     assert plots.other_metrics(content) == ["mine/fid"]
     plots.draw_curves({"run": content}, tmp_path / "curves.png")
     (found,) = texts
-    assert {"reconstruction loss", "mine/fid"} <= set(found)
+    assert {"reconstruction loss", "mine/fid", "effective rank of features"} <= set(found)
     assert not any(re.match("mine/[bt]|time|epoch|images|.*baseline", text) for text in found)
     lines = "".join(json.dumps(record) + "\n" for record in content)
     (tmp_path / "metrics.jsonl").write_text(lines)
     done = command(tmp_path, program=(sys.executable, "scripts/runs.py"))
     heading, row = done.stdout.splitlines()
-    assert "mine/fid" in heading.split() and "12.5" in row.split()
+    assert {"mine/fid", "rank"} <= set(heading.split()) and {"12.5", "3.2"} <= set(row.split())
 
 
 def test_class_names_and_titles_are_drawn_as_they_are(tmp_path, texts):

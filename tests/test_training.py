@@ -36,6 +36,7 @@ import TrainIMLE
 import Validation
 from Augmentation import transforms
 from internals import checkpoints
+from internals.encoders import effective_rank
 from Utils import RunError, fastest_dtype, learning_rate
 
 
@@ -322,6 +323,7 @@ def test_a_run_leaves_what_the_readme_says(tiny_run):
         assert ["pretrain/" + key + "_baseline" in r for r in evaluated] == [True] + [False] * 4
     for key in ("acc_te", "knn_te"):
         assert all(0 <= r[f"fast_linear_probe/{key}"] <= 1 for r in evaluated)
+    assert all(1 <= r["pretrain/rankme"] <= 128 for r in evaluated)
     for record in evaluated:
         for key in ("images/pretrain_train", "images/pretrain_test"):
             width, height = Image.open(tiny_run / record[key]).size
@@ -336,6 +338,17 @@ def test_a_run_leaves_what_the_readme_says(tiny_run):
     content = torch.load(tiny_run / "checkpoints/step_00000008.pt", weights_only=True)
     assert content["progress"]["step"] == 8
     assert IO.load_model(tiny_run / "checkpoints/step_00000008.pt").code_dim == 8
+
+
+def test_rankme_is_logged_without_a_probe_by_any_number_of_processes(tmp_path):
+    flags = "--epochs 0 --fast_linear_probe 0 --processes 2 --uid x --num_workers 0".split()
+    command(*TINY, *flags, "--save_folder", tmp_path)
+    (record,) = metrics(run_folder(tmp_path))
+    model = IO.load_model(run_folder(tmp_path))
+    tokens = model.encode(digits(10)[0]).detach()
+    expected = effective_rank(tokens[:, 1:].mean(1))
+    assert record["pretrain/rankme"] == pytest.approx(expected, rel=1e-4)
+    assert record["pretrain/rankme_baseline"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_imle_alone_has_the_numbers_that_version_0_1_0_had(imle_alone_run):
