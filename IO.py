@@ -3,10 +3,13 @@ that depend on each other."""
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import re
 import secrets
+import sys
+from pathlib import Path
 
 import torch
 
@@ -31,10 +34,12 @@ from Models import (
     FieldError,
     ModelConfig,
 )
-from Utils import InputError, naming, say
+from Utils import InputError, first_line, naming, say
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 SURROGATE_NS = 64  # with fewer codes the surrogate's regression has too few to learn from
+# Flags of one start of a run, not of an experiment: --config never sets them.
+NOT_FROM_CONFIG = ("uid", "resume", "force_resume", "gpus", "processes", "staged", "config")
 IMAGES = "a folder with one folder per class, a .tar of one, or an .lmdb made by scripts/pack.py"
 
 # -------------------------------------------------------------------------------------------------
@@ -276,6 +281,11 @@ def run_flags(parser):
         help="Newest checkpoint of a run to go on with; flags not given keep that run's values.")
     add("--force_resume", **SWITCH, default=0,
         help="1: go on although flags of training, not of the model, have changed; 0: refuse to.")
+    add("--config", metavar="FILE", default=argparse.SUPPRESS,
+        help="JSON file with values for flags that the command line does not give: {\"lr\": 0.001, "
+        "...}, or a run's config.json. A run's "
+        f"{', '.join(f'--{name}' for name in NOT_FROM_CONFIG)} are left out; a file of your own "
+        "can't have them.")
     add("--staged", metavar="DIR",
         help="Folder on a fast disk with copies of the data: DIR/PATH is read in place of /PATH of "
         "--data_tr or --data_val; the run's name keeps /PATH (scripts/slurm_submit.py --stage).")
@@ -300,9 +310,68 @@ def architecture_flags(config_class=ModelConfig):
 def parse_flags(argv=None):
     """The flags of TrainIMLE.py, resolved and checked; ends the program on a mistake."""
     parser = training_parser()
+    argv = with_config(sys.argv[1:] if argv is None else argv)
     use_flags_of_run(parser, argv)
     with parser.errors():
         return resolve_flags(parser.parse_args(argv))
+
+
+def with_config(argv):
+    """The words of TrainIMLE.py's command line, with the flags in the --config FILE that they name
+    as words in front of them, in its place. Ends the program on a mistake in the file."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", nargs="?")  # a missing value is left to the parser to report
+    args, others = early.parse_known_args(argv)
+    if args.config is None:
+        return argv
+    parser = training_parser()
+    parser.source = f"--config {args.config}"
+    for action in parser._actions:
+        action.required = False
+    with parser.errors():
+        flags = read_config_file(args.config)
+        parser.check_names(f"--{name}" for name in flags)
+        words = [word for name, value in flags.items() for word in as_words(parser, name, value)]
+        parser.parse_args(words)  # to report mistakes as those of the file
+    return [*words, *others]
+
+
+def read_config_file(path):
+    """The flags in a --config FILE, a dict, without those that it never sets."""
+    try:
+        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"it can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"it is no JSON: {first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise InputError('expected names of flags with their values, {"lr": 0.001, ...}')
+    if isinstance(content.get("flags"), dict):  # of a run, which holds all of its flags
+        flags = current_flags(content["flags"])
+        return {name: flags[name] for name in flags if name not in NOT_FROM_CONFIG}
+    for name in NOT_FROM_CONFIG:
+        if name in content:
+            raise InputError(f"--{name}: allowed on the command line only")
+    return content
+
+
+def as_words(parser, name, value):
+    """The value of a flag in a --config FILE as words of a command line; none for null or an empty
+    list, which leave the flag's default."""
+    action, several = parser._option_string_actions[f"--{name}"], isinstance(value, list)
+    values = value if several else [value]
+    if value in (None, []):
+        return []
+    if not all(isinstance(part, str | int | float) for part in values):  # a bool is an int
+        raise InputError(f"--{name}: expected a number, a text, or a list of these")
+    if several and action.nargs != "+":
+        raise InputError(f"--{name}: expected one value, not a list")
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if value not in (0, 1):
+            raise InputError(f"--{name}: expected true or false")
+        return [f"--{name}" if value else f"--no-{name}"]
+    texts = [str(int(part) if isinstance(part, bool) else part) for part in values]
+    return [f"--{name}", *texts] if several else [f"--{name}={texts[0]}"]
 
 
 def use_flags_of_run(parser, argv):

@@ -15,7 +15,7 @@ from pathlib import Path
 import _path  # noqa: F401 (makes the modules importable)
 
 from internals.processes import run_command
-from IO import Parser, check_processes, real, resolve_flags, training_parser, whole
+from IO import Parser, check_processes, real, resolve_flags, training_parser, whole, with_config
 from Utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +59,7 @@ def main(argv=None):
     parser = submit_parser()
     cut = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:cut])
-    training = argv[cut + 1 :]
+    training = with_config(argv[cut + 1 :])  # the job keeps the values that the file has now
     if not training:
         parser.error("the flags of TrainIMLE.py are missing; write them behind `--`")
     run_command(lambda: run(args, training))

@@ -332,6 +332,78 @@ def test_resuming_from_what_is_no_run_s_checkpoint_ends_in_one_line(tmp_path, ca
             assert ("it has foo" in message) == ("foo" in content)
 
 
+def config_file(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_a_config_gives_defaults_that_the_command_line_overrides(tmp_path):
+    by_hand = {"lr": 1e-3, "ip_spec": ["3", "adain"], "input_size": 64, "fp16": False, "ns": 16}
+    by_hand |= {"data_tr": "tr", "finetune": False, "notes": "", "mae_weights": None, "sp": 8}
+    path = config_file(tmp_path, by_hand)
+    text = f"--config {path} --data_val val --gpus cpu --ns 8 --uid x"
+    expected = f"{SCRATCH} --gpus cpu --lr 1e-3 --ip_spec 3 adain --input_size 64 --no-fp16 --ns 8"
+    assert parse(text) == parse(f"{expected} --sp 8 --uid x")
+    assert parse(f"{text} --fp16 --finetune 1 --input_size 32 --data_tr b").fp16
+
+
+def test_a_run_s_config_gives_its_flags_but_not_its_identity_or_devices(tmp_path):
+    text = f"{SCRATCH} --ignore_z 1 --lr 1e-3 --save_folder {tmp_path} --suffix s"
+    first = parse(f"{text} --gpus cpu --processes 2 --uid first --force_resume 1 --staged /x")
+    path = config_file(tmp_path, {"flags": vars(first), "versions": {}, "command": ""})
+    again = parse(f"--config {path} --gpus cpu")
+    differ = {k for k, v in vars(first).items() if v != getattr(again, k)}
+    assert differ == {"uid", "gpus", "processes", "force_resume", "staged"}
+    assert again.gpus == ["cpu"] and again.force_resume == 0 and again.staged is None
+
+
+def test_a_config_of_version_0_1_0_does_what_its_run_did(tmp_path, capsys):
+    flags = {"data_tr": "tr", "data_val": "val", "finetune": 0, "code_free_share": 0.0}
+    path = config_file(tmp_path, {"flags": flags})
+    assert parse(f"--config {path} --gpus cpu").mae_loss_weight == 0
+    path = config_file(tmp_path, {"flags": flags | {"code_free_share": 0.5}})
+    line = refusal(capsys, IO.parse_flags, f"--config {path} --gpus cpu")
+    assert f"--config {path}: --code_free_share 0.5" in line
+
+
+def test_a_config_stands_for_flags_also_where_a_run_goes_on(tmp_path):
+    """The run's own flags give way to those of --config, as to those of the command line."""
+    folder = tmp_path / "models/a-x"
+    folder.mkdir(parents=True)
+    flags = vars(parse(f"{SCRATCH} --gpus cpu --uid x --lr 1e-3"))
+    (folder / "config.json").write_text(json.dumps({"flags": flags}))
+    path = config_file(tmp_path, {"save_folder": str(tmp_path), "wd": 0.5})
+    again = parse(f"--config {path} --data_val val --uid x --gpus cpu")
+    assert (again.lr, again.wd) == (1e-3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"lrr": 1}, "unknown argument --lrr; did you mean --lr"),
+        ({"lrr": None}, "unknown argument --lrr; did you mean --lr"),
+        ({"flags": {"lrr": 1}}, "unknown argument --lrr; did you mean --lr"),
+        ({"lr": "fast"}, "--lr: 'fast' is not a number of at least 0"),
+        ({"lr": [1, 2]}, "--lr: expected one value, not a list"),
+        ({"lr": {"mae": 1}}, "--lr: expected a number, a text, or a list"),
+        ({"ns": 1.5}, "--ns: '1.5' is not a whole number"),
+        ({"arch": "vit_giant"}, "--arch: .*vit_giant.*vit_base"),
+        ({"fp16": "no"}, "--fp16: expected true or false"),
+        ({"uid": "x"}, "--uid: allowed on the command line only"),
+        ({"gpus": ["0"]}, "--gpus: allowed on the command line only"),
+        ({"config": "y"}, "--config: allowed on the command line only"),
+        ("[1]", "expected names of flags with their values"),
+        ("{", "it is no JSON: Expecting"),
+        (None, "it can't be read: No such file"),
+    ],
+)
+def test_a_mistake_in_a_config_names_the_file_and_the_flag(tmp_path, capsys, content, message):
+    path = config_file(tmp_path, content) if content else tmp_path / "nothing.json"
+    line = refusal(capsys, IO.parse_flags, f"{SCRATCH} --config {path}")
+    assert re.search(f"error: --config {re.escape(str(path))}: {message}", line), line
+
+
 def declared(parser):
     return [action for action in parser._actions if action.dest != "help"]
 
@@ -362,7 +434,7 @@ def test_help_lists_every_flag_with_its_default(capsys, program, parser):
     entries = {re.match(r"--[\w-]+", entry)[0]: " ".join(entry.split()) for entry in entries}
     for action in declared(parser()):
         entry = entries[action.option_strings[0]]
-        if action.default not in (None, ""):
+        if action.default not in (None, "", argparse.SUPPRESS):
             stated = f"(default: {action.default})"
             assert stated in entry or re.search(r"default: \w+", action.help), entry
         assert len(entry.split("default")) <= 2, entry
