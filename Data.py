@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from internals.decoding import NOTE, check_decoder
+from internals.layout import UNLABELLED
 from internals.processes import end_workers_at_exit, ignore_stop_signals
 from internals.stores import FORMATS, ImageError
 from Utils import (
@@ -68,8 +69,11 @@ def contents(images):
     while isinstance(store, Subset):
         store = store.images
     names = classes if len(classes) < 4 else [*classes[:2], f"... {classes[-1]}"]
-    text = f"{len(images):,} image{'s' * (len(images) > 1)}, "
-    text += f"{len(classes):,} class{'es' * (len(classes) > 1)} ({', '.join(names)})"
+    text = f"{len(images):,} image{'s' * (len(images) > 1)}"
+    if classes == [UNLABELLED]:
+        text += " without class folders"
+    else:
+        text += f", {len(classes):,} class{'es' * (len(classes) > 1)} ({', '.join(names)})"
     if store is not images:
         text += f", of {len(store):,} images, {len(store.classes):,} classes"
     return text + (f"; left out: {store.index.left_out}" if store.index.left_out else "")
@@ -150,6 +154,12 @@ def with_classes(images, classes):
     if list(classes) == images.classes:
         return images
     missing = [name for name in classes if name not in images.class_to_idx]
+    if images.classes == [UNLABELLED]:
+        raise InputError(
+            f"{images.path} has no class folders, but the training data has classes: sort the "
+            "images into a folder for each class; for ImageNet's validation images, valprep.sh of "
+            "github.com/soumith/imagenetloader.torch or torchvision.datasets.ImageNet does this"
+        )
     if missing:
         raise InputError(
             f"no class {missing[0]}, which is a class of the training data"
@@ -176,23 +186,37 @@ def open_pair(
     staged=None,
     image_decoder="pillow",
     skip_bad_images=False,
+    names=("--data_tr", "--data_val"),
+    title="",
 ):
     """Opens the training images, reduced to a few-shot subset, and the validation images, reduced
-    to the same classes. same_classes=False, for runs without labels: validation images of all
-    classes. staged: a folder of copies to read instead, see staged_path. Errors name the flag. Two
-    lines say what was read."""
+    to the same classes if there are several. same_classes=False, for runs without labels:
+    validation images of all classes. staged: a folder of copies to read instead, see staged_path.
+    names: of the two paths, for errors. Two lines, which begin with the title, say what was
+    read."""
     options = {"image_decoder": image_decoder, "skip_bad_images": skip_bad_images}
-    with naming("--data_tr"):
+    with naming(names[0]):
         images_tr = open_images(staged_path(data_tr, staged), **options)
+    same_classes = same_classes and len(images_tr.classes) > 1
     with naming("--train_n_way" if n_way > len(images_tr.classes) else "--train_n_shot"):
         images_tr = few_shot(images_tr, n_way, n_shot, seed)
-    with naming("--data_val"):
+    with naming(names[1]):
         images_val = open_images(staged_path(data_val, staged), **options)
         if same_classes:
             images_val = with_classes(images_val, images_tr.classes)
-    say(f"training: {contents(images_tr)}")
-    say(f"validation: {contents(images_val)}")
+    say(f"{title}training: {contents(images_tr)}")
+    say(f"{title}validation: {contents(images_val)}")
     return images_tr, images_val
+
+
+def open_probe_pairs(paths, **options):
+    """The sets of --probe_data: {name: (training images, validation images)}. paths: {name:
+    (training path, validation path)}; options: of open_pair."""
+    pairs = {}
+    for name, pair in paths.items():
+        with naming(f"--probe_data {name}"):
+            pairs[name] = open_pair(*pair, names=("TRAIN", "VAL"), title=f"{name}, ", **options)
+    return pairs
 
 
 def fingerprints(images_tr, images_val):

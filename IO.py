@@ -230,7 +230,11 @@ def probe_flags(parser, title="fast linear probe", training=True):
 def validation_flags(parser):
     add = parser.group("validation", changeable=True)
     add("--fast_linear_probe", **SWITCH, default=1,
-        help="1: each validation trains and tests the fast linear probe; 0: no probe.")
+        help="1: each validation trains and tests the fast probe on --data_tr and --data_val, if "
+        "they have several classes; 0: no probe on them.")
+    add("--probe_data", nargs="+", metavar="NAME=TRAIN,VAL",
+        help="Other labelled images on which each validation trains and tests a fast linear probe: "
+        f"a name for the metrics, and the paths of training and validation images ({IMAGES}).")
     add("--ex_for_mse_loss", type=whole(1), default=2048, metavar="IMAGES",
         help="Number of images on which the validation loss is computed.")
     add("--z_per_ex_loss", type=whole(1), default=128, metavar="CODES",
@@ -288,7 +292,8 @@ def run_flags(parser):
         "can't have them.")
     add("--staged", metavar="DIR",
         help="Folder on a fast disk with copies of the data: DIR/PATH is read in place of /PATH of "
-        "--data_tr or --data_val; the run's name keeps /PATH (scripts/slurm_submit.py --stage).")
+        "--data_tr, --data_val and --probe_data; the run's name keeps /PATH "
+        "(scripts/slurm_submit.py --stage).")
 
 
 # fmt: on
@@ -428,6 +433,7 @@ def resolve_flags(args):
     check_codes(flags)
     check_steps(flags)
     check_weights(flags)
+    probe_paths(flags.probe_data)
     if not re.fullmatch(r"[\w.+-]{1,64}", flags.uid, re.ASCII):
         refuse(flags, "uid", "allowed are up to 64 letters, digits and . _ + -")
     if args.sp > args.ns and not args.ignore_z:
@@ -668,6 +674,21 @@ def parse_ip_spec(words):
         (int(place) if place.isdecimal() else place, method)
         for place, method in zip(words[::2], words[1::2], strict=True)
     )
+
+
+def probe_paths(words):
+    """--probe_data's words NAME=TRAIN,VAL, or None, as {name: (training path, validation path)}."""
+    pairs = {}
+    for word in words or []:
+        name, _, paths = word.partition("=")
+        paths = tuple(paths.split(","))
+        if not re.fullmatch(r"[\w.+-]+", name, re.ASCII) or len(paths) != 2 or not all(paths):
+            reason = "expected NAME=TRAIN,VAL, two paths without commas"
+            raise InputError(f"--probe_data {word}: {reason}; names have letters, digits, . _ + -")
+        if name in pairs:
+            raise InputError(f"--probe_data {word}: the name {name} twice; give each set its own")
+        pairs[name] = paths
+    return pairs
 
 
 def device_names(gpus, processes):

@@ -391,7 +391,7 @@ def check_surrogate(model, images_per_pass, codes_per_image):
         )
 
 
-def make_validation(flags, record, stop, images_tr, images_val, device, dtype):
+def make_validation(flags, record, stop, images_tr, images_val, probe_pairs, device, dtype):
     """The Validation that the flags ask for; an InputError for data that can't be probed."""
     size, seed = tuple(flags.input_size), flags.seed
     transform = transforms(size, flags.use_augs)[1]
@@ -405,28 +405,34 @@ def make_validation(flags, record, stop, images_tr, images_val, device, dtype):
         "pretrain_test": (images_val, flags.ex_for_vis_te),
     }
     pool, n_codes = "mean" if flags.global_pool else "cls", 0 if flags.probe_ignore_z else 1
-    probe = None
+    make_probe = partial(
+        LinearProbe.FastProbe,
+        image_size=size,
+        device=device,
+        n_way=flags.val_n_way,
+        n_shot=flags.val_n_shot,
+        augs_per_image=flags.probe_augs_per_image,
+        use_augs=bool(flags.use_augs),
+        images_per_pass=flags.probe_bs_val,
+        pool=pool,
+        n_codes=n_codes,
+        lr=flags.probe_lr,
+        epochs=flags.probe_epochs,
+        batch_size=flags.probe_bs,
+        seed=flags.seed,
+        num_workers=flags.num_workers,
+        loader_timeout=flags.loader_timeout,
+        stopping=stop.asked,
+    )
+    probes = {}
     if flags.fast_linear_probe and flags.steps_per_eval:
-        probe = LinearProbe.FastProbe(
-            images_tr,
-            images_val,
-            image_size=size,
-            device=device,
-            n_way=flags.val_n_way,
-            n_shot=flags.val_n_shot,
-            augs_per_image=flags.probe_augs_per_image,
-            use_augs=bool(flags.use_augs),
-            images_per_pass=flags.probe_bs_val,
-            pool=pool,
-            n_codes=n_codes,
-            lr=flags.probe_lr,
-            epochs=flags.probe_epochs,
-            batch_size=flags.probe_bs,
-            seed=flags.seed,
-            num_workers=flags.num_workers,
-            loader_timeout=flags.loader_timeout,
-            stopping=stop.asked,
-        )
+        if len(images_tr.classes) > 1:
+            probes[""] = make_probe(images_tr, images_val)
+        else:
+            say("note: no probe on the training images: all are of one class, or without classes")
+    for name, pair in probe_pairs.items() if flags.steps_per_eval else ():
+        with naming(f"--probe_data {name}: TRAIN"):
+            probes[name] = make_probe(*pair, title=f"the probe on {name}")
     loss_examples = examples(images_val, flags.ex_for_mse_loss, transform, seed=seed, **loading)
     features = partial(
         extract,
@@ -447,7 +453,7 @@ def make_validation(flags, record, stop, images_tr, images_val, device, dtype):
             for name, (images, count) in grids.items()
             if count
         },
-        probe=probe,
+        probes=probes,
         features=features,
         steps_per_eval=flags.steps_per_eval,
         images_per_pass=flags.eval_bs,
@@ -466,8 +472,9 @@ def make_optimizer(model, *, weight_decay, betas):
     return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 
-def run(flags, images_tr, images_val):
-    """One process of a run: puts its parts together and trains."""
+def run(flags, images_tr, images_val, probe_pairs):
+    """One process of a run: puts its parts together and trains. probe_pairs: see
+    Data.open_probe_pairs."""
     device = join_processes(flags.gpus)
     flags = from_first_process(flags)  # under torchrun, each process has drawn another uid
     data = Data.fingerprints(images_tr, images_val)
@@ -481,7 +488,9 @@ def run(flags, images_tr, images_val):
     sample_dtype = choose_dtype(flags.sample_dtype, device)
     step_dtype = fastest_dtype(device) if flags.fp16 else torch.float32
     record, stop = runs.Run(run_start, vars(flags), wandb=flags.wandb), StopSignal()
-    validation = make_validation(flags, record, stop, images_tr, images_val, device, sample_dtype)
+    validation = make_validation(
+        flags, record, stop, images_tr, images_val, probe_pairs, device, sample_dtype
+    )
     loader = Data.ImageLoader(
         images_tr,
         transforms(tuple(flags.input_size), flags.use_augs)[0],
@@ -545,18 +554,22 @@ def go_on(run_start, checkpoints, optimizer, progress):
 
 def start(flags):
     """Opens the data, then runs in as many processes as there are devices."""
+    opening = {
+        "staged": flags.staged,
+        "image_decoder": flags.image_decoder,
+        "skip_bad_images": bool(flags.skip_bad_images),
+    }
     images = Data.open_pair(
         flags.data_tr,
         flags.data_val,
-        staged=flags.staged,
         n_way=flags.train_n_way,
         n_shot=flags.train_n_shot,
         seed=flags.seed,
-        image_decoder=flags.image_decoder,
-        skip_bad_images=bool(flags.skip_bad_images),
         same_classes=bool(flags.fast_linear_probe) or flags.train_n_way != -1,
+        **opening,
     )
-    launch(run, flags.gpus, flags, *images)
+    probe_pairs = Data.open_probe_pairs(IO.probe_paths(flags.probe_data), **opening)
+    launch(run, flags.gpus, flags, *images, probe_pairs)
 
 
 def main(argv=None):

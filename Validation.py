@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 import Data
-import LinearProbe
 import Utils
 from Augmentation import normalize
 from internals import plots
@@ -87,8 +86,8 @@ class Validation:
     stop: StopSignal
     loss_examples: Examples
     picture_examples: dict  # name of a grid -> Examples
-    probe: LinearProbe.FastProbe | None
-    features: Callable  # model -> features (n, 1, C) for RankMe, where there is no probe
+    probes: dict  # name of a data set, "" of the run's own -> LinearProbe.FastProbe
+    features: Callable  # model -> features (n, 1, C) for RankMe, where the probe "" is missing
     steps_per_eval: int  # gradient steps between validations; 0: never
     images_per_pass: int
     codes_per_image: int
@@ -136,17 +135,17 @@ class Validation:
         return values
 
     def encoder_metrics(self, model):
-        """RankMe, and the accuracies of the probe; see `probe` and `features`."""
-        if self.probe is None:
-            features = self.features(model)[:, 0]
-            check_finite(features, "validation")
-            return {"pretrain/rankme": effective_rank(features)}
-        result = self.probe(model)
-        return {
-            "fast_linear_probe/acc_te": result["top1"],
-            "fast_linear_probe/knn_te": result["knn"],
-            "pretrain/rankme": result["rankme"],
-        }
+        """The accuracies of the probes, and RankMe; see `probes` and `features`."""
+        results = {name: probe(model) for name, probe in self.probes.items()}
+        values = {}
+        for name, result in results.items():
+            group = f"fast_linear_probe/{name}".removesuffix("/")
+            values |= {f"{group}/acc_te": result["top1"], f"{group}/knn_te": result["knn"]}
+        if "" in results:
+            return values | {"pretrain/rankme": results[""]["rankme"]}
+        features = self.features(model)[:, 0]
+        check_finite(features, "validation")
+        return values | {"pretrain/rankme": effective_rank(features)}
 
     def losses(self, model, with_codes):
         """The means of METRICS. Each image is evaluated by one process."""
@@ -210,7 +209,9 @@ def summary(step, values):
     text = f"step {step}: validation loss {values['pretrain/loss_te']:.4f} mean over codes, "
     text += f"{values['pretrain/loss_te_best']:.4f} best, "
     text += f"{values['pretrain/loss_te_no_z']:.4f} without code"
-    if "fast_linear_probe/acc_te" in values:
-        text += f"; probe {values['fast_linear_probe/acc_te']:.3f}"
-        text += f", k-NN {values['fast_linear_probe/knn_te']:.3f}"
+    for key in values:
+        if (group := key.removesuffix("/acc_te")) != key:
+            name = group.partition("/")[2]
+            text += f"; {name + ': ' if name else ''}probe {values[key]:.3f}"
+            text += f", k-NN {values[f'{group}/knn_te']:.3f}"
     return f"{text} ({Utils.duration(values['time/validation_seconds'])})"

@@ -10,6 +10,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
 from Utils import InputError, printable
 
+UNLABELLED = "."  # the class of all images of a data set without class folders
+
 # Folders that systems make among a user's. Names that begin with a dot are left out, too: macOS
 # puts ._x.jpg beside x.jpg, Jupyter puts copies into .ipynb_checkpoints.
 SYSTEM_FOLDERS = frozenset(
@@ -35,8 +37,8 @@ def is_split(name):
 
 def find_layout(path, files, folders, root=None):
     """Groups of images (class, folder below the root, folder, names) in ImageFolder's order, and
-    the numbers and kinds of all other files, as text. An InputError where classes and images do not
-    lie as they should.
+    the numbers and kinds of all other files, as text. Images without any class folder are one group
+    of the class UNLABELLED. An InputError where classes and images do not lie as they should.
 
     files: {folder: file names}; folders: other folders. A folder is its path, "" is the top. root:
     where the class folders lie, as a list; None: in the longest folder that all images share."""
@@ -51,19 +53,26 @@ def find_layout(path, files, folders, root=None):
     below = {folder: parts(folder)[len(root) :] for folder in images}
     groups = [(names[0], "/".join(names), f, sorted(images[f])) for f, names in below.items()]
     groups.sort()
-    if stray and groups and not is_archive:  # as in ImageFolder
+    if reason := foreign_layout(path, groups, stray, others):
+        raise InputError(printable(f"{path} {reason}"))
+    if stray and not groups:  # without class folders
+        return [(UNLABELLED, UNLABELLED, "/".join(root), sorted(stray))], text_of(left_out)
+    if stray and not is_archive:  # as in ImageFolder
         left_out.append(f"{len(stray):,} outside of class folders")
         stray = []
-    left_out = printable(", ".join(left_out))
+    left_out = text_of(left_out)
     classes = {name for name, *_ in groups}
     class_folders = {name for *above, name in map(parts, folders) if above == root}
     empty = sorted(name for name in class_folders - classes if not hidden(name))
-    if reason := foreign_layout(path, groups, stray, others):
-        raise InputError(printable(f"{path} {reason}"))
     if reason := missing(groups, stray, empty, root):
         other_files = f"; other files: {left_out}" if left_out else ""
         raise InputError(printable(f"{path} {reason}") + other_files)
     return groups, left_out
+
+
+def text_of(left_out):
+    """The numbers and kinds of the files that are left out, as one line."""
+    return printable(", ".join(left_out))
 
 
 def missing(groups, stray, empty, root):
@@ -73,9 +82,7 @@ def missing(groups, stray, empty, root):
     if stray:
         return (
             f"holds images outside of class folders: {expected}, found "
-            f"{'/'.join([*root, stray[0]])}; sort the images into a folder for each class; for "
-            "ImageNet's validation images, valprep.sh of github.com/soumith/imagenetloader.torch "
-            "or torchvision.datasets.ImageNet does this"
+            f"{'/'.join([*root, stray[0]])}; move these images into a class folder, or out"
         )
     if not groups:
         where = "in its class folders" if empty else "and no class folders"

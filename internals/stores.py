@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
 from internals.decoding import IMAGE_DECODERS, reason_of
-from internals.layout import SYSTEM_FOLDERS, find_layout, identify, list_folder
+from internals.layout import SYSTEM_FOLDERS, UNLABELLED, find_layout, identify, list_folder
 from internals.tar import SPARSE, find_images, read_file
 from Utils import InputError, printable, write_atomically
 
@@ -105,7 +105,8 @@ class Images(Dataset):
 
     def name(self, index):
         """Where an image is, for messages: one line."""
-        return printable(f"{self.path}/{self.entry(range(len(self))[index])}")
+        entry = self.entry(range(len(self))[index])
+        return printable(f"{self.path}/{entry.removeprefix(f'{UNLABELLED}/')}")
 
     def load(self, index):
         """An image as Pillow's RGB, or as uint8 (3, H, W) from torchcodec. An ImageError that names
@@ -232,8 +233,8 @@ class FolderImages(Images):
             raise InputError(printable(f"{self.path}/{link} {target}: mend or delete it"))
         groups, left_out = find_layout(self.path, files, folders, root=[])
         groups = (
-            (name, [os.fsencode(f"{folder}/{n}") for n in names], np.empty((len(names), 0), int))
-            for name, _, folder, names in groups
+            (name, [os.fsencode(f"{below}/{n}") for n in names], np.empty((len(names), 0), int))
+            for name, below, _, names in groups
         )
         return Index.make(groups, left_out=left_out)
 

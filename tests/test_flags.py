@@ -89,6 +89,7 @@ def test_defaults_are_those_of_the_design():
         "notes": "",
         "resume": None,
         "staged": None,
+        "probe_data": None,
     }
     assert {name: flags[name] for name in others} == others
     named = {pair.split("=")[0] for pair in DEFAULTS.split()} | set(others) | {"num_workers"}
@@ -253,6 +254,11 @@ REFUSED = [  # flags, and what the line says
     ("--rs_epsilon .1 --ignore_z 1", "--rs_epsilon 0.1: with --ignore_z 1"),
     ("--mae_loss_weight -1", "--mae_loss_weight: '-1' is not a number of at least 0"),
     ("--mae_loss_weight nan", "--mae_loss_weight: 'nan' is not a number of at least 0"),
+    ("--probe_data digits", "--probe_data digits: expected NAME=TRAIN,VAL"),
+    ("--probe_data a=x", "--probe_data a=x: expected NAME=TRAIN,VAL"),
+    ("--probe_data a=x,y,z", "--probe_data a=x,y,z: expected NAME=TRAIN,VAL"),
+    ("--probe_data a/b=x,y", "--probe_data a/b=x,y: expected .* names have letters"),
+    ("--probe_data a=x,y a=x,z", "--probe_data a=x,z: the name a twice"),
     ("--rs_epsilon -1", "--rs_epsilon: '-1' is not a number of at least 0"),
     ("--decoder crossed", "--decoder: .*crossed.*self.*cross"),
     ("--predict_ratio .5", "--predict_ratio 0.5: .*--decoder cross"),

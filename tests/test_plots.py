@@ -59,7 +59,9 @@ def test_a_metric_that_is_new_is_drawn_in_a_panel_of_its_own_and_listed(tmp_path
     known = records(
         "epoch", "time/validation_seconds", "pretrain/loss_te", "pretrain/loss_baseline"
     )
+    probed = {"fast_linear_probe/x.y/acc_te": 0.75, "fast_linear_probe/x.y/knn_te": 0.5}
     values = {
+        **probed,
         "pretrain/rankme": 3.21,
         "mine/fid": 12.5,
         "mine/bad": None,
@@ -67,10 +69,11 @@ def test_a_metric_that_is_new_is_drawn_in_a_panel_of_its_own_and_listed(tmp_path
         "mine/text": "new",
     }
     content = [*known, {"pretrain/step": 9, **values}]
-    assert plots.other_metrics(content) == ["mine/fid"]
+    assert plots.other_metrics(content) == [*probed, "mine/fid"]
     plots.draw_curves({"run": content}, tmp_path / "curves.png")
     (found,) = texts
     assert {"reconstruction loss", "mine/fid", "effective rank of features"} <= set(found)
+    assert {"validation accuracy, x.y", "linear probe", "nearest neighbours"} <= set(found)
     assert not any(re.match("mine/[bt]|time|epoch|images|.*baseline", text) for text in found)
     lines = "".join(json.dumps(record) + "\n" for record in content)
     (tmp_path / "metrics.jsonl").write_text(lines)

@@ -67,6 +67,8 @@ WORDS = {  # what stands for a user's own
     "PICTURE [PICTURE ...]": "picture.png",
     "--gpus_per_node 4": "--dry_run --gpus_per_node 0",
     "FOLDER": "runs",
+    "BIRDS/": "data/imagenet/",
+    "CARS/": "data/imagenet/",
     "models/RUN/config.json": "runs/models/*-mae-0/config.json",
     "--gpus 0 ": "",
     "--batch_size 16384": "",
