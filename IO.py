@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from Data import MOST_BAD
+from Data import MEASURED, MOST_BAD
 from internals.checkpoints import read_run_checkpoint
 from internals.decoding import IMAGE_DECODERS, check_decoder
 from internals.parsing import SWITCH, Parser, real, whole
@@ -202,6 +202,15 @@ def mask_flags(parser):
         "0: raw pixels; default: 1, or 0 with --arch vit_base_vis.")
     add("--input_size", type=whole(1), nargs="+", default=[224], metavar="PIXELS",
         help="Side, or height and width, of the images that the network sees, in pixels.")
+    add("--channels", type=whole(1, 1024), default=3, metavar="N",
+        help="Number of channels of an image. Pictures have 1 (grey), 3 (RGB) or 4 (RGBA); .npy "
+        "files and TIFFs of several bands can have any number.")
+    add("--mean", type=real(), nargs="+", metavar="X",
+        help="Mean of each channel, as a share of the largest number (255, or 65535 of 16 bits); "
+        "default: that of --mae_weights, else ImageNet's for 3 channels, else measured on "
+        f"{MEASURED} training images.")
+    add("--std", type=real(0), nargs="+", metavar="X",
+        help="Standard deviation of each channel, in the unit of --mean; default: as of --mean.")
 
 
 def probe_flags(parser, title="fast linear probe", training=True):
@@ -247,6 +256,9 @@ def validation_flags(parser):
         help="Number of validation images, one per row, in the picture of completions.")
     add("--z_per_ex_vis", type=whole(1), default=8, metavar="CODES",
         help="Number of codes, one per column, in the pictures of completions.")
+    add("--show_bands", type=whole(0), nargs="+", metavar="BAND",
+        help="Channels, numbered from 0, that pictures of completions show as red, green and blue, "
+        "or the one that they show as grey; default: the first three, or the first of one or two.")
     add("--steps_per_eval", type=whole(0), default=64, metavar="STEPS",
         help="Validate every STEPS steps, also before the first and after the last; 0: never.")
     add("--get_mae_baseline", **SWITCH, default=1,
@@ -433,6 +445,7 @@ def resolve_flags(args):
     check_codes(flags)
     check_steps(flags)
     check_weights(flags)
+    check_bands(flags.show_bands or [], flags.channels)
     probe_paths(flags.probe_data)
     if not re.fullmatch(r"[\w.+-]{1,64}", flags.uid, re.ASCII):
         refuse(flags, "uid", "allowed are up to 64 letters, digits and . _ + -")
@@ -476,8 +489,12 @@ def refuse(flags, name, reason):
 
 def check_model(flags):
     """The ModelConfig of resolved flags; an InputError for sizes and options of no model."""
+    if (flags.mean is None) != (flags.std is None):
+        name = "std" if flags.mean is None else "mean"
+        refuse(flags, name, "give --mean and --std, or neither")
+    unknown = dict.fromkeys(("mean", "std"), (0.5,) * flags.channels)  # measured later
     try:
-        return ModelConfig(**model_fields(flags))
+        return ModelConfig(**(unknown | model_fields(flags)))
     except FieldError as error:
         refuse(flags, "input_size" if error.field == "image_size" else error.field, error.reason)
 
@@ -499,6 +516,13 @@ def check_mask_ratio(mask_ratio, n_patches):
     if not 0 < n_visible < n_patches:
         reason = f"it leaves {n_visible} of {n_patches} patches visible"
         raise InputError(f"--mask_ratio {mask_ratio:g}: {reason}; allowed are some, but not all")
+
+
+def check_bands(bands, channels):
+    """Refuses --show_bands that are not three, or one, of an image's channels."""
+    if len(bands) not in (0, 1, 3) or any(band >= channels for band in bands):
+        reason = f"allowed are three numbers, or one, from 0 to {channels - 1}"
+        raise InputError(f"--show_bands {' '.join(map(str, bands))}: {reason}")
 
 
 def check_codes(flags):
@@ -710,10 +734,12 @@ def device_names(gpus, processes):
 
 def model_fields(flags):
     """The fields of ModelConfig that resolved flags determine: all but norm_eps, which weights from
-    elsewhere bring along."""
+    elsewhere bring along, and mean and std unless they are given."""
     preset = vars(PRESETS[flags.arch])
     fields = preset | vars(flags)
     fields["image_size"] = tuple(flags.input_size)
     fields["norm_pix_loss"] = bool(flags.norm_pix_loss)
     fields["ip_spec"] = parse_ip_spec(flags.ip_spec)
-    return {name: fields[name] for name in preset if name != "norm_eps"}
+    for name in ("mean", "std"):
+        fields[name] = fields[name] and tuple(fields[name])
+    return {k: fields[k] for k in preset if k != "norm_eps" and fields[k] is not None}

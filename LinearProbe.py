@@ -202,6 +202,8 @@ def run(flags, images_tr, images_val):
     with naming("--model"):
         model = load_encoder(flags.model, size=flags.input_size, seed=flags.seed, dtype=dtype)
     model = model.to(device)
+    for images in (images_tr, images_val):
+        Data.use_channels(images, model.config.channels)
     if flags.fast:
         result = run_fast_probe(flags, model, images_tr, images_val, device)
     else:

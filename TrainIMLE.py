@@ -123,14 +123,14 @@ def choose_codes(
     code whose completion is nearest to the image. rs_epsilon: see Samplers.sort_keys; prefix:
     model.prefix of the images, if it is computed already.
 
-    images (N,3,H,W) normalised, mask_noise (N,L), seeds (N,) int64 -> chosen codes (N,D), their
+    images (N,C,H,W) normalised, mask_noise (N,L), seeds (N,) int64 -> chosen codes (N,D), their
     numbers (N,) int64 in the seeds' sequences, their losses (N,), the mean loss over codes (N,)."""
     if prefix is None:  # the network up to the first injection, once per image
         prefix = model.prefix(images, mask_noise, mask_ratio, predict_ratio)
     numbers = torch.arange(codes_per_image, device=images.device).expand(len(images), -1)  # (N, S)
     losses = []
     for codes in code_passes(model, prefix, seeds, numbers, codes_per_pass):
-        pred = model.suffix(prefix, codes)  # (N, k, M, P*P*3)
+        pred = model.suffix(prefix, codes)  # (N, k, M, P*P*C)
         losses.append(image_losses(model, pred, images, prefix.mask))
     losses = torch.cat(losses, dim=1)  # (N, S)
     chosen = sort_keys(losses, rs_epsilon).argmin(dim=1, keepdim=True)  # (N, 1)
@@ -213,7 +213,7 @@ def step_losses(network, model, share, *, also_without_code, mask_ratio, predict
     """The losses of a gradient step on the n images of a Batch, from one pass of the encoder: (n,
     2), with the chosen code and without code; (n, 1) of a plain MAE, or with the code alone."""
     device = model.pos_embed.device
-    images, codes = normalize(share.images), None
+    images, codes = normalize(share.images, model.config.mean, model.config.std), None
     if share.code_numbers is not None:
         seeds, numbers = share.seeds.to(device), share.code_numbers.to(device)
         codes = model.numbered_codes(seeds, numbers[:, None])  # (n, 1, D)
@@ -285,7 +285,8 @@ def choose_pool_codes(
     common_chunks = -(-len(missing) // images_per_pass) // world_size()
     for n_done, (part, images) in enumerate(chunks, 1):
         rows = missing[part]
-        chunk = normalize(images), pool.mask_noise(rows).to(device), pool.seeds[rows].to(device)
+        images = normalize(images, model.config.mean, model.config.std)
+        chunk = images, pool.mask_noise(rows).to(device), pool.seeds[rows].to(device)
         chosen = choose_chunk_codes(fast_model, *chunk, choose, mask_ratio, predict_ratio)
         numbers[rows.to(device)], losses[rows.to(device)] = chosen
         if n_done <= common_chunks and keeper.wants_to_save():
@@ -361,18 +362,20 @@ def learning_rates(step, *, lr, lr_z, min_lr, headstart, ramp, total, cycles):
     }
 
 
-def make_model(flags, checkpoint):
+def make_model(flags, checkpoint, measure):
     """The model that the flags ask for, with pretrained or fresh weights. With a checkpoint: a
-    model of the checkpoint's config, with fresh weights."""
+    model of the checkpoint's config, with fresh weights. measure() gives the mean and std of images
+    where neither flags, nor weights, nor ImageNet do."""
     if checkpoint is not None:  # `go_on` restores the weights
         with naming("the newest checkpoint"):
             refuse_unknown(checkpoint["config"], vars(ModelConfig()), "its model")
             return build(ModelConfig(**checkpoint["config"]))
     fields = IO.model_fields(flags)
     if not flags.finetune:
-        return build(ModelConfig(**fields))
+        is_known = "mean" in fields or flags.channels == 3
+        return build(ModelConfig(**fields, **({} if is_known else measure())))
     with naming("--mae_weights" if flags.mae_weights else "--finetune 1"):
-        return IO.load_model(flags.mae_weights or PUBLISHED[flags.arch], **fields)
+        return IO.load_model(flags.mae_weights or PUBLISHED[flags.arch], measure=measure, **fields)
 
 
 def check_surrogate(model, images_per_pass, codes_per_image):
@@ -460,6 +463,7 @@ def make_validation(flags, record, stop, images_tr, images_val, probe_pairs, dev
         codes_per_image=flags.z_per_ex_loss,
         codes_per_pass=flags.sp,
         codes_per_picture=flags.z_per_ex_vis,
+        bands=flags.show_bands or (),
         mask_ratio=flags.mask_ratio,
         dtype=dtype,
         baseline=bool(flags.get_mae_baseline),
@@ -500,8 +504,16 @@ def run(flags, images_tr, images_val, probe_pairs):
         pin_memory=device.type == "cuda",
     )
 
+    measure = partial(
+        Data.measure_channels,
+        images_tr,
+        transforms(tuple(flags.input_size), flags.use_augs)[1],
+        seed=flags.seed,
+        num_workers=flags.num_workers,
+        timeout=flags.loader_timeout,
+    )
     torch.manual_seed(flags.seed)
-    model = make_model(flags, run_start.checkpoint).to(device)
+    model = make_model(flags, run_start.checkpoint, measure).to(device)
     if flags.sampler == "surrogate":
         check_surrogate(model, min(flags.code_bs, flags.ex_per_epoch), flags.ns)
     optimizer = make_optimizer(model, weight_decay=flags.wd, betas=(flags.beta1, flags.beta2))
@@ -558,6 +570,7 @@ def start(flags):
         "staged": flags.staged,
         "image_decoder": flags.image_decoder,
         "skip_bad_images": bool(flags.skip_bad_images),
+        "channels": flags.channels,
     }
     images = Data.open_pair(
         flags.data_tr,

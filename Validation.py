@@ -3,7 +3,7 @@ transforms, masks and codes."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,7 @@ def evaluate(model, images, mask_noise, seeds, *, codes_per_image, codes_per_pas
     the loss without code, and the standard deviation of completions over codes, averaged over the
     masked values. codes_per_image=0: all three losses are the loss without code."""
     prefix = model.prefix(images, mask_noise, mask_ratio)
-    plain = model.suffix(prefix, None).float()  # (N, M, P*P*3)
+    plain = model.suffix(prefix, None).float()  # (N, M, P*P*C)
     plain_loss = image_losses(model, plain, images, prefix.mask)
     if not codes_per_image:
         losses = dict.fromkeys(METRICS[:3], plain_loss)
@@ -60,7 +60,7 @@ def evaluate(model, images, mask_noise, seeds, *, codes_per_image, codes_per_pas
     first_moment, second_moment = torch.zeros_like(plain), torch.zeros_like(plain)
     numbers = torch.arange(codes_per_image, device=images.device).expand(len(images), -1)
     for codes in code_passes(model, prefix, seeds, numbers, codes_per_pass):
-        pred = model.suffix(prefix, codes)  # (N, k, M, P*P*3)
+        pred = model.suffix(prefix, codes)  # (N, k, M, P*P*C)
         losses = image_losses(model, pred, images, prefix.mask)
         total += losses.sum(1)
         best = torch.minimum(best, torch.where(losses.isfinite(), losses, math.inf).min(1).values)
@@ -93,6 +93,7 @@ class Validation:
     codes_per_image: int
     codes_per_pass: int
     codes_per_picture: int
+    bands: Sequence  # channels that are drawn; see Augmentation.to_pictures
     mask_ratio: float
     dtype: torch.dtype
     baseline: bool  # also validates the starting point without codes
@@ -181,7 +182,9 @@ class Validation:
             with plots.at_most_a_warning(f"a part of the picture {name}"):  # short of memory?
                 images, mask_noise, seeds = prepare(model, images, chosen.seeds[rows])
                 codes = model.sample_codes(seeds, k) if k else None
-                cells[rows] = completions(model, images, mask_noise, codes, self.mask_ratio)
+                cells[rows] = completions(
+                    model, images, mask_noise, codes, self.mask_ratio, self.bands
+                )
         sum_over_processes(cells)
         headers = ["image", "masked", *([f"code {i + 1}" for i in range(k)] or ["completion"])]
         text = caption(name, step, model.config.norm_pix_loss)
@@ -190,11 +193,12 @@ class Validation:
 
 
 def prepare(model, images, seeds):
-    """Moves a chunk to the model's device: uint8 images (N,3,H,W), seeds (N,) -> normalised images,
-    mask noise (N,L), seeds."""
-    device = model.pos_embed.device
+    """Moves a chunk to the model's device: uint8 or uint16 images (N,C,H,W), seeds (N,) ->
+    normalised images, mask noise (N,L), seeds."""
+    device, config = model.pos_embed.device, model.config
     mask_noise = random_uniform(mix_seeds(seeds, Stream.MASK), model.pos_embed.shape[1] - 1)
-    return normalize(images.to(device, non_blocking=True)), mask_noise.to(device), seeds.to(device)
+    images = normalize(images.to(device, non_blocking=True), config.mean, config.std)
+    return images, mask_noise.to(device), seeds.to(device)
 
 
 def caption(name, step, norm_pix_loss):

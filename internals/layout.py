@@ -29,6 +29,11 @@ def hidden(name):
     return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
+def is_array(name):
+    """Whether a file of this name holds an image as an array."""
+    return name.lower().endswith(".npy")
+
+
 def is_split(name):
     """Whether a folder of this name is a part of a data set rather than a class: val, test2017."""
     splits = ("train", "training", "val", "valid", "validation", "test", "testing")
@@ -43,6 +48,9 @@ def find_layout(path, files, folders, root=None):
     files: {folder: file names}; folders: other folders. A folder is its path, "" is the top. root:
     where the class folders lie, as a list; None: in the longest folder that all images share."""
     images, left_out, others = sort_out(files, root)
+    arrays = {} if images else sort_out(files, root, is_array)
+    if arrays and arrays[0]:  # only where there are no other images, beside which .npy is none
+        images, left_out, others = arrays
     is_archive, stray = root is None, []
     root = common_folder(images) if is_archive else root
     if "/".join(root) in images:
@@ -78,7 +86,7 @@ def text_of(left_out):
 def missing(groups, stray, empty, root):
     """Which class folders or images are missing, as text; None if all are there. stray: images
     outside of class folders; empty: class folders without images."""
-    expected = f"expected CLASS/IMAGE ({', '.join(IMG_EXTENSIONS)})"
+    expected = f"expected CLASS/IMAGE ({', '.join(IMG_EXTENSIONS)}; or .npy alone)"
     if stray:
         return (
             f"holds images outside of class folders: {expected}, found "
@@ -103,12 +111,12 @@ def common_folder(folders):
     return list(os.path.commonprefix(list(map(parts, folders))))
 
 
-def sort_out(files, root):
+def sort_out(files, root, is_image=is_image_file):
     """Returns {folder: image names}; the numbers of all other files as a list of texts; and by
     their endings as a Counter. Below the root, hidden files and those in hidden folders are no
     images."""
     if root is None:
-        root = common_folder(f for f, names in files.items() if any(map(is_image_file, names)))
+        root = common_folder(f for f, names in files.items() if any(map(is_image, names)))
     images, others, hidden_files, example = {}, Counter(), 0, None
     for folder, names in files.items():
         below = parts(folder)
@@ -118,7 +126,7 @@ def sort_out(files, root):
             if in_hidden or hidden(name):
                 hidden_files += 1
                 example = example or "/".join([*below, name])
-            elif is_image_file(name):
+            elif is_image(name):
                 found.append(name)
             else:
                 others[os.path.splitext(name)[1].lower()[:12] or "without ending"] += 1

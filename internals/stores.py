@@ -31,8 +31,9 @@ class Images(Dataset):
 
     Each data format is a subclass with three methods: find, read and size."""
 
-    def __init__(self, path, *, transform=None, image_decoder="pillow", skip_bad=False):
+    def __init__(self, path, *, transform=None, image_decoder="pillow", skip_bad=False, channels=3):
         self.path, self.transform, self.skip_bad = str(path), transform, skip_bad
+        self.channels = channels  # of the images that `load` gives
         self.decode = IMAGE_DECODERS[image_decoder]
         self.replaced, self.noted = set(), False  # what ImageLoaders have reported, see there
         self.index = self.find()
@@ -109,11 +110,11 @@ class Images(Dataset):
         return printable(f"{self.path}/{entry.removeprefix(f'{UNLABELLED}/')}")
 
     def load(self, index):
-        """An image as Pillow's RGB, or as uint8 (3, H, W) from torchcodec. An ImageError that names
-        the image where it is damaged."""
+        """An image of self.channels channels as Pillow's, or as a tensor (C, H, W), see open_image.
+        An ImageError that names the image where it is damaged."""
         index = range(len(self))[index]
         try:
-            return self.decode(self.read(index))
+            return self.decode(self.read(index), self.channels)
         except Exception as error:  # decoders raise anything for damaged bytes
             name = self.name(index)
             raise ImageError(f"cannot read the image {name}: {reason_of(error)}") from None

@@ -35,7 +35,7 @@ DEFAULTS = """
     z_per_ex_vis=8 steps_per_eval=64 get_mae_baseline=1 save_iter=-1 save_minutes=10
     sample_dtype=auto processes=1 wandb=disabled save_folder=. seed=0 sampler=surrogate tries=25
     rs_epsilon=0 mae_loss_weight=1 decoder=self predict_ratio=1
-    image_decoder=pillow skip_bad_images=0 loader_timeout=120 force_resume=0
+    image_decoder=pillow skip_bad_images=0 loader_timeout=120 force_resume=0 channels=3
 """  # of DESIGN.md, section 3; further ones stand in the test
 TWO_RUNS = """
     TrainIMLE.py --gpus 0 1 --suffix SUFFIX --data_tr IMAGENET_TRAIN --data_val IMAGENET_VAL
@@ -90,6 +90,7 @@ def test_defaults_are_those_of_the_design():
         "resume": None,
         "staged": None,
         "probe_data": None,
+        **dict.fromkeys(("mean", "std", "show_bands")),
     }
     assert {name: flags[name] for name in others} == others
     named = {pair.split("=")[0] for pair in DEFAULTS.split()} | set(others) | {"num_workers"}
@@ -254,6 +255,13 @@ REFUSED = [  # flags, and what the line says
     ("--rs_epsilon .1 --ignore_z 1", "--rs_epsilon 0.1: with --ignore_z 1"),
     ("--mae_loss_weight -1", "--mae_loss_weight: '-1' is not a number of at least 0"),
     ("--mae_loss_weight nan", "--mae_loss_weight: 'nan' is not a number of at least 0"),
+    ("--channels 0", "--channels: '0' is not a whole number from 1 to 1024"),
+    ("--mean .5 .5 .5", "--mean 0.5 0.5 0.5: give --mean and --std, or neither"),
+    ("--std .5", "--std 0.5: give --mean and --std, or neither"),
+    ("--mean .5 --std .5", "--mean 0.5: allowed are 3 finite numbers, one for each channel"),
+    ("--channels 1 --mean .5 --std 0", "--std 0.0: allowed are 1 finite numbers above 0"),
+    ("--show_bands 1 2", "--show_bands 1 2: allowed are three numbers, or one, from 0 to 2"),
+    ("--channels 5 --show_bands 4 3 5", "--show_bands 4 3 5: allowed are three .*from 0 to 4"),
     ("--probe_data digits", "--probe_data digits: expected NAME=TRAIN,VAL"),
     ("--probe_data a=x", "--probe_data a=x: expected NAME=TRAIN,VAL"),
     ("--probe_data a=x,y,z", "--probe_data a=x,y,z: expected NAME=TRAIN,VAL"),
