@@ -107,7 +107,7 @@ def draw(args):
         save(mosaic, out.with_name(f"{out.stem}_mosaic{out.suffix}"))
 
 
-def open_picture(path, channels):
+def open_picture(path, channels=3):
     """Reads a picture of any mode with so many channels, turned as its EXIF data say, on a white
     background: Pillow's, or a tensor (C, H, W)."""
     try:

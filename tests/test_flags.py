@@ -175,7 +175,9 @@ def test_the_paper_s_two_runs_are_what_they_were(tmp_path, name, ignore_z):
     resolved = vars(IO.parse_flags(script_words))
     recorded = json.loads((ROOT / "tests/golden/paper_runs.json").read_text())[name]
     assert recorded.pop("code_free_share") == 0  # no flag of this version
-    assert resolved == {**recorded, "mae_loss_weight": 0.0, "num_workers": 8}
+    added = {"mae_loss_weight": 0.0, "channels": 3}  # since version 0.1.0
+    added |= dict.fromkeys(("mean", "std", "probe_data", "show_bands"))
+    assert resolved == {**recorded, **added, "num_workers": 8}
     names = "mae_loss_weight sampler tries adain_init latent_dim mapping_net_layers"
     names = {*names.split(), "mapping_net_h_dim", "mapping_net_lrmul"}
     assert {k for k, v in resolved.items() if v != getattr(flags, k)} <= names
