@@ -41,9 +41,6 @@ class ModelConfig:
     model's config, so that the model can be built again."""
 
     image_size: tuple[int, int] = (224, 224)  # height, width
-    channels: int = 3
-    mean: tuple[float, ...] = MEAN  # of each channel, by which images are normalised; see
-    std: tuple[float, ...] = STD  # Augmentation.normalize
     patch_size: int = 16
     dim: int = 768
     depth: int = 12
@@ -64,6 +61,10 @@ class ModelConfig:
     mapping_net_lrmul: float = 0.01
     act_type: str = "leakyrelu"  # a key of ACTIVATIONS
     adain_init: str = "original"  # one of ADAIN_INITS
+    channels: int = 3  # of an image
+    # Of each channel, by which images are normalised: see Augmentation.normalize.
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
 
     def __post_init__(self):
         for field, is_allowed, reason in self._rules():
