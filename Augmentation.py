@@ -87,8 +87,9 @@ def channels(values, device):
 def normalize(images, mean=MEAN, std=STD):
     """uint8 or uint16 (..., C, H, W) -> float32, the network's input. mean, std: of each channel,
     as shares of the largest number of the type."""
-    images, device = images.float() / DEPTHS.get(images.dtype, 255), images.device
-    return (images - channels(tuple(mean), device)) / channels(tuple(std), device)
+    depth = DEPTHS.get(images.dtype, 255)
+    mean, std = (channels(tuple(values), images.device) for values in (mean, std))
+    return (images.float() / depth - mean) / std
 
 
 def denormalize(images, mean=MEAN, std=STD, white=1.0):
