@@ -28,12 +28,12 @@ def open_image(data, channels=3, upright=False):
         return from_array(np.load(io.BytesIO(data), allow_pickle=False), channels)
     is_tiff = data.startswith(TIFFS)
     if is_tiff and channels not in MODES:
-        return from_array(read_tiff(data), channels)
+        return from_array(read_tiff(data, channels), channels)
     try:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         if is_tiff:
-            return from_array(read_tiff(data), channels)
+            return from_array(read_tiff(data, channels), channels)
         found = f"it begins with {data[:16]}" if data else "it is empty"
         raise ValueError(f"cannot identify the format of the image file: {found}") from None
     except Image.DecompressionBombError as error:
@@ -71,13 +71,18 @@ def from_array(array, channels):
     return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
 
 
-def read_tiff(data):
-    """The array in a TIFF file, by tifffile, which is optional."""
+def read_tiff(data, channels):
+    """The array in a TIFF file, by tifffile, which is optional. A ValueError for one of more pixels
+    than Pillow allows."""
     try:
         import tifffile
     except ImportError:
         raise ValueError("this kind of TIFF needs tifffile: pip install tifffile") from None
-    return tifffile.imread(io.BytesIO(data))
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
+        if (n_pixels := file.series[0].size // channels) > most:
+            raise ValueError(f"it has {n_pixels} pixels, more than {most}: make it smaller")
+        return file.asarray()
 
 
 def reason_of(error):

@@ -21,6 +21,7 @@ import LinearProbe
 import Models
 import TrainIMLE
 from Augmentation import MEAN, STD, denormalize, normalize, to_pictures, transforms
+from internals import decoding
 from internals.decoding import open_image
 from internals.weights import load_model
 from Utils import InputError, seeded
@@ -83,6 +84,14 @@ def test_images_of_other_channels_train_go_on_probe_complete_and_are_exported(
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert result["n_val"] == 24 and result["top1"] > 0.2
     picture = str(next(data.rglob("0/*.*")))
+    grid = sorted((a / "images").glob("pretrain_train_0*.png"))[-1]
+    shown = np.asarray(Image.open(grid))[22:106:3, 4:88:3]
+    pixels = loaded(data, channels, 1, transforms((28, 28), channels == 5)[1])
+    how = model.config.mean, model.config.std
+    bands = (4, 2, 0) if channels == 5 else ()
+    expected = to_pictures(normalize(pixels, *how), *how, bands)[0].movedim(0, -1)
+    assert np.array_equal(shown, expected), "the first training image, in the bands asked for"
+    assert (channels == 1) == np.array_equal(shown[..., 0], shown[..., 1])
     complete.main([str(a), picture, "--out", str(tmp_path / "x.png"), "--mosaic", "16"])
     drawn = np.asarray(Image.open(tmp_path / "x.png").convert("RGB"))[26:120, 6:100]
     assert drawn.max() > 200, "dark numbers are brightened"
@@ -149,6 +158,10 @@ def test_tiffs_of_several_bands_are_read_by_tifffile(tmp_path, monkeypatch):
     tifffile.imwrite(tmp_path / "a/1.tif", bands, photometric="minisblack", planarconfig="separate")
     images = Data.open_images(tmp_path, channels=5)
     assert all(np.array_equal(images[i][0].numpy(), bands) for i in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+        with pytest.raises(InputError, match="a/0.tif: it has 480 pixels, more than 400"):
+            images[0]
     monkeypatch.setitem(sys.modules, "tifffile", None)
     with pytest.raises(InputError, match="a/0.tif: this kind of TIFF needs tifffile: pip install"):
         images[0]
@@ -248,6 +261,36 @@ def test_weights_of_rgb_images_fit_five_channels_with_a_fresh_head_and_measured_
     assert rgb.config.mean == MEAN, "weights of 0.1.0 have ImageNet's"
     with pytest.raises(InputError, match="it has no mean and std of 5 channels"):
         load_model(RGB, channels=5)
+
+
+def test_a_run_starts_from_weights_of_rgb_images_with_measured_channels(tmp_path, capsys):
+    data = str(digits(tmp_path / "data", 5))
+    flags = [*map(str, TINY), "--data_tr", data, "--data_val", data, "--channels", "5"]
+    flags += ["--finetune", "1", "--mae_weights", str(RGB), "--epochs", "0", "--ignore_z", "1"]
+    TrainIMLE.main([*flags, "--save_folder", str(tmp_path)])
+    out = capsys.readouterr().out
+    for line in ("measured on 24 training images", "adapted to --channels 5", "head starts fresh"):
+        assert out.count(line) == 1, line
+    state, rgb = final_state(run_folder(tmp_path)), load_model(RGB)
+    assert len(state["config"]["mean"]) == 5 and max(state["config"]["mean"]) < 0.05
+    assert torch.equal(state["model"]["norm.weight"], rgb.norm.weight)
+
+
+def test_torchcodec_gives_one_channel_as_pillow_does():
+    try:
+        decoding.check_decoder("torchcodec")
+    except InputError as error:
+        pytest.skip(str(error))
+    picture = Image.open(ROOT / "demo/completions.png").convert("RGB")
+    for image in (picture, picture.convert("L")):
+        data = encoded(image, "jpeg")
+        for channels in (1, 3):
+            decoded = decoding.decode_by_torchcodec(data, channels)
+            if not isinstance(decoded, torch.Tensor):
+                decoded = torch.from_numpy(np.asarray(decoded).copy())[None]
+            expected = np.asarray(open_image(data, channels)).reshape(*picture.size[::-1], -1)
+            difference = decoded.movedim(0, -1).int().numpy() - expected.astype(int)
+            assert decoded.shape[0] == channels and np.abs(difference).max() <= 1
 
 
 def test_weights_bring_their_own_mean_and_other_channels_are_refused(tmp_path):
