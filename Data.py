@@ -471,15 +471,17 @@ def measure_channels(images, transform, *, seed, **loading):
     n = min(MEASURED, len(images))
     indices = even_indices(len(images), 0, n, mix_seeds(seed, Stream.EVALUATION))
     loader = ImageLoader(images, transform, **loading)
-    sums, count = torch.zeros(2, images.source(0)[0].channels, dtype=torch.int64), 0
+    sums, count = torch.zeros(3, images.source(0)[0].channels, dtype=torch.int64), 0
     for _, pixels in loader.chunks(indices, indices, 16):
         numbers = widened(pixels).long().transpose(0, 1).flatten(1)  # (C, pixels)
-        sums += torch.stack([numbers.sum(1), numbers.square().sum(1)])
+        squares = numbers.square().sum(1)
+        sums += torch.stack([numbers.sum(1), squares >> 32, squares % 2**32])  # can't overflow
         count += numbers.shape[1]
     count = torch.tensor(count)
     sum_over_processes(sums, count)
     depth = DEPTHS[torch.uint16]
-    mean, square = (sums.double() / count / torch.tensor([[depth], [depth**2]])).tolist()
+    total, high, low = sums.double() / count
+    mean, square = (total / depth).tolist(), ((high * 2**32 + low) / depth**2).tolist()
     result = {"mean": [], "std": []}
     for first, second in zip(mean, square, strict=True):
         deviation = math.sqrt(max(0.0, second - first**2))
