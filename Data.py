@@ -2,6 +2,7 @@
 and its minibatches."""
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
+from Augmentation import DEPTHS
 from internals.decoding import NOTE, check_decoder
+from internals.layout import UNLABELLED
 from internals.processes import end_workers_at_exit, ignore_stop_signals
 from internals.stores import FORMATS, ImageError
 from Utils import (
@@ -32,17 +34,20 @@ from Utils import (
     rank,
     say,
     seeded,
+    sum_over_processes,
     world_size,
 )
 
 MOST_BAD = 0.001  # share of a data set's images that --skip_bad_images may replace
 IN_FLIGHT = 2**24  # bytes that workers load ahead, at most: /dev/shm has 64 MB under Docker
+MEASURED = 1024  # images by which mean and deviation of the channels are measured
 REPLACED, NOTED = 1, 2  # what a loader worker reports of an image; see SeededImages
 
 
-def open_images(path, transform=None, *, image_decoder="pillow", skip_bad_images=False):
-    """The Images at `path`: a folder as torchvision's ImageFolder reads, a .tar of one, or an .lmdb
-    that scripts/pack.py made. skip_bad_images: an ImageLoader replaces damaged images."""
+def open_images(path, transform=None, *, image_decoder="pillow", skip_bad_images=False, channels=3):
+    """The Images at `path`, of so many channels: a folder as torchvision's ImageFolder reads, a
+    .tar of one, or an .lmdb that scripts/pack.py made. skip_bad_images: an ImageLoader replaces
+    damaged images."""
     check_decoder(image_decoder)
     path = Path(path).expanduser()
     try:
@@ -55,6 +60,7 @@ def open_images(path, transform=None, *, image_decoder="pillow", skip_bad_images
                     transform=transform,
                     image_decoder=image_decoder,
                     skip_bad=skip_bad_images,
+                    channels=channels,
                 )
     except OSError as error:
         place = error.filename or path
@@ -68,8 +74,11 @@ def contents(images):
     while isinstance(store, Subset):
         store = store.images
     names = classes if len(classes) < 4 else [*classes[:2], f"... {classes[-1]}"]
-    text = f"{len(images):,} image{'s' * (len(images) > 1)}, "
-    text += f"{len(classes):,} class{'es' * (len(classes) > 1)} ({', '.join(names)})"
+    text = f"{len(images):,} image{'s' * (len(images) > 1)}"
+    if classes == [UNLABELLED]:
+        text += " without class folders"
+    else:
+        text += f", {len(classes):,} class{'es' * (len(classes) > 1)} ({', '.join(names)})"
     if store is not images:
         text += f", of {len(store):,} images, {len(store.classes):,} classes"
     return text + (f"; left out: {store.index.left_out}" if store.index.left_out else "")
@@ -122,6 +131,11 @@ class Subset(Dataset):
         return self.images.name(self.indices[index])
 
 
+def use_channels(images, channels):
+    """Sets the number of channels that a data set's images are loaded with."""
+    images.source(0)[0].channels = channels
+
+
 def few_shot(images, n_way, n_shot, seed):
     """The subset of n_way classes, evenly spaced in sorted order, with n_shot images of each, which
     `seed` chooses. -1 means all. An InputError if the data has fewer."""
@@ -150,6 +164,12 @@ def with_classes(images, classes):
     if list(classes) == images.classes:
         return images
     missing = [name for name in classes if name not in images.class_to_idx]
+    if images.classes == [UNLABELLED]:
+        raise InputError(
+            f"{images.path} has no class folders, but the training data has classes: sort the "
+            "images into a folder for each class; for ImageNet's validation images, valprep.sh of "
+            "github.com/soumith/imagenetloader.torch or torchvision.datasets.ImageNet does this"
+        )
     if missing:
         raise InputError(
             f"no class {missing[0]}, which is a class of the training data"
@@ -176,23 +196,42 @@ def open_pair(
     staged=None,
     image_decoder="pillow",
     skip_bad_images=False,
+    channels=3,
+    names=("--data_tr", "--data_val"),
+    title="",
 ):
     """Opens the training images, reduced to a few-shot subset, and the validation images, reduced
-    to the same classes. same_classes=False, for runs without labels: validation images of all
-    classes. staged: a folder of copies to read instead, see staged_path. Errors name the flag. Two
-    lines say what was read."""
-    options = {"image_decoder": image_decoder, "skip_bad_images": skip_bad_images}
-    with naming("--data_tr"):
+    to the same classes if there are several. same_classes=False, for runs without labels:
+    validation images of all classes. staged: a folder of copies to read instead, see staged_path.
+    names: of the two paths, for errors. Two lines, which begin with the title, say what was
+    read."""
+    options = {
+        "image_decoder": image_decoder,
+        "skip_bad_images": skip_bad_images,
+        "channels": channels,
+    }
+    with naming(names[0]):
         images_tr = open_images(staged_path(data_tr, staged), **options)
+    same_classes = same_classes and len(images_tr.classes) > 1
     with naming("--train_n_way" if n_way > len(images_tr.classes) else "--train_n_shot"):
         images_tr = few_shot(images_tr, n_way, n_shot, seed)
-    with naming("--data_val"):
+    with naming(names[1]):
         images_val = open_images(staged_path(data_val, staged), **options)
         if same_classes:
             images_val = with_classes(images_val, images_tr.classes)
-    say(f"training: {contents(images_tr)}")
-    say(f"validation: {contents(images_val)}")
+    say(f"{title}training: {contents(images_tr)}")
+    say(f"{title}validation: {contents(images_val)}")
     return images_tr, images_val
+
+
+def open_probe_pairs(paths, **options):
+    """The sets of --probe_data: {name: (training images, validation images)}. paths: {name:
+    (training path, validation path)}; options: of open_pair."""
+    pairs = {}
+    for name, pair in paths.items():
+        with naming(f"--probe_data {name}"):
+            pairs[name] = open_pair(*pair, names=("TRAIN", "VAL"), title=f"{name}, ", **options)
+    return pairs
 
 
 def fingerprints(images_tr, images_val):
@@ -235,9 +274,9 @@ def occurrences(indices):
 
 
 class SeededImages(Dataset):
-    """Item (index, seed): the image, uint8 (3, H, W), transformed with random numbers that depend
-    on the seed alone; and REPLACED if another image replaced it, NOTED if its decoder left a note,
-    else 0. Only damaged images are replaced, and only if images.skip_bad is set."""
+    """Item (index, seed): the image, uint8 or uint16 (C, H, W), transformed with random numbers
+    that depend on the seed alone; and REPLACED if another image replaced it, NOTED if its decoder
+    left a note, else 0. Only damaged images are replaced, and only if images.skip_bad is set."""
 
     def __init__(self, images, transform):
         self.images, self.transform = images, transform
@@ -264,6 +303,22 @@ class SeededImages(Dataset):
                 with contextlib.suppress(ImageError):
                     return images.load(other), REPLACED
         return self.images.load(index), REPLACED  # all are damaged: raises the error again
+
+
+def collate(items):
+    """Stacks items of SeededImages: images (n, C, H, W), reports (n,). If one image is uint16, all
+    become uint16."""
+    images, reports = zip(*items, strict=True)
+    if len({image.dtype for image in images}) > 1:
+        images = list(map(widened, images))
+    return default_collate(images), torch.tensor(reports)
+
+
+def widened(images):
+    """uint8 or uint16 -> uint16: the same shares of the largest number."""
+    if images.dtype == torch.uint16:
+        return images
+    return (images.int() * (DEPTHS[torch.uint16] // DEPTHS[torch.uint8])).to(torch.uint16)
 
 
 class Requests:
@@ -296,8 +351,10 @@ class ImageLoader:
         self.requests = Requests()
         self.most = sys.maxsize  # images that a worker sends at once
         if num_workers:
+            channels = images.source(0)[0].channels
             with seeded(0):
-                image_bytes = transform(Image.new("RGB", (32, 32))).nbytes
+                example = torch.zeros(channels, 32, 32, dtype=torch.uint8)
+                image_bytes = transform(example).nbytes
             self.most = max(1, IN_FLIGHT // (2 * num_workers * image_bytes))  # two in flight each
         end_workers_at_exit()
         self.loader = DataLoader(
@@ -306,6 +363,7 @@ class ImageLoader:
             num_workers=num_workers,
             persistent_workers=persistent and num_workers > 0,
             pin_memory=pin_memory,
+            collate_fn=collate,
             timeout=timeout / 2 if num_workers else 0,
             # By default, a process of `launch` spawns its workers, and each imports torch again.
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
@@ -315,8 +373,8 @@ class ImageLoader:
 
     def load(self, indices, seeds, batches):
         """Yields (rows, images) for each of `batches`, a sequence of rows (slices or index tensors)
-        of indices (n,) and seeds (n,). images: uint8 (rows, 3, H, W), image indices[i] transformed
-        with seeds[i]. Workers load ahead."""
+        of indices (n,) and seeds (n,). images: uint8 or uint16 (rows, C, H, W), image indices[i]
+        transformed with seeds[i]. Workers load ahead."""
         self.requests.batches = (
             list(zip(*keys, strict=True))
             for rows in batches
@@ -356,6 +414,8 @@ class ImageLoader:
         joined[:done], reports = images, [reports]
         for piece in others:  # one by one: each leaves the shared memory at once
             images, more = self.next_piece(loaded, piece)
+            if images.dtype != joined.dtype:
+                images, joined = widened(images), widened(joined)
             joined[done : done + len(piece)] = images
             reports, done = [*reports, more], done + len(piece)
         return joined, torch.cat(reports)
@@ -401,6 +461,35 @@ class ImageLoader:
             if not store.noted:
                 store.noted = True
                 say(f"note: {store.name(number)}: {store.load(number).info[NOTE]}")
+
+
+def measure_channels(images, transform, *, seed, **loading):
+    """The mean and the standard deviation of each channel over at most MEASURED images, chosen by
+    seed, {"mean", "std"}, as Augmentation.normalize takes them. Every process measures its share;
+    whole numbers make the result independent of the shares. loading: further arguments of
+    ImageLoader."""
+    n = min(MEASURED, len(images))
+    indices = even_indices(len(images), 0, n, mix_seeds(seed, Stream.EVALUATION))
+    loader = ImageLoader(images, transform, **loading)
+    sums, count = torch.zeros(3, images.source(0)[0].channels, dtype=torch.int64), 0
+    for _, pixels in loader.chunks(indices, indices, 16):
+        numbers = widened(pixels).long().transpose(0, 1).flatten(1)  # (C, pixels)
+        squares = numbers.square().sum(1)
+        sums += torch.stack([numbers.sum(1), squares >> 32, squares % 2**32])  # can't overflow
+        count += numbers.shape[1]
+    count = torch.tensor(count)
+    sum_over_processes(sums, count)
+    depth = DEPTHS[torch.uint16]
+    total, high, low = sums.double() / count
+    mean, square = (total / depth).tolist(), ((high * 2**32 + low) / depth**2).tolist()
+    result = {"mean": [], "std": []}
+    for first, second in zip(mean, square, strict=True):
+        deviation = math.sqrt(max(0.0, second - first**2))
+        result["mean"].append(float(f"{first:.6g}"))
+        result["std"].append(float(f"{deviation:.6g}") or 1.0)  # 0: all of the channel is equal
+    shown = (" ".join(["--" + name, *map(str, values)]) for name, values in result.items())
+    say(f"measured on {n:,} training images: {' '.join(shown)}")
+    return {name: tuple(values) for name, values in result.items()}
 
 
 def copied(batches, device):
@@ -457,7 +546,7 @@ def draw_pool(images, size, epoch, *, n_patches, seed, shuffle=True, fix_mask_no
 class Batch:
     """This process's share of a minibatch: n images."""
 
-    images: torch.Tensor  # (n, 3, H, W) uint8, on the device
+    images: torch.Tensor  # (n, C, H, W) uint8 or uint16, on the device
     mask_noise: torch.Tensor  # (n, L)
     seeds: torch.Tensor  # (n,) int64
     code_numbers: torch.Tensor | None  # (n,) int64; None for a plain MAE

@@ -3,14 +3,17 @@ that depend on each other."""
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import re
 import secrets
+import sys
+from pathlib import Path
 
 import torch
 
-from Data import MOST_BAD
+from Data import MEASURED, MOST_BAD
 from internals.checkpoints import read_run_checkpoint
 from internals.decoding import IMAGE_DECODERS, check_decoder
 from internals.parsing import SWITCH, Parser, real, whole
@@ -31,10 +34,12 @@ from Models import (
     FieldError,
     ModelConfig,
 )
-from Utils import InputError, naming, say
+from Utils import InputError, first_line, naming, say
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 SURROGATE_NS = 64  # with fewer codes the surrogate's regression has too few to learn from
+# Flags of one start of a run, not of an experiment: --config never sets them.
+NOT_FROM_CONFIG = ("uid", "resume", "force_resume", "gpus", "processes", "staged", "config")
 IMAGES = "a folder with one folder per class, a .tar of one, or an .lmdb made by scripts/pack.py"
 
 # -------------------------------------------------------------------------------------------------
@@ -197,6 +202,15 @@ def mask_flags(parser):
         "0: raw pixels; default: 1, or 0 with --arch vit_base_vis.")
     add("--input_size", type=whole(1), nargs="+", default=[224], metavar="PIXELS",
         help="Side, or height and width, of the images that the network sees, in pixels.")
+    add("--channels", type=whole(1, 1024), default=3, metavar="N",
+        help="Number of channels of an image. Pictures have 1 (grey), 3 (RGB) or 4 (RGBA); .npy "
+        "files and TIFFs of several bands can have any number.")
+    add("--mean", type=real(), nargs="+", metavar="X",
+        help="Mean of each channel, as a share of the largest number (255, or 65535 of 16 bits); "
+        "default: that of --mae_weights, else ImageNet's for 3 channels, else measured on "
+        f"{MEASURED} training images.")
+    add("--std", type=real(0), nargs="+", metavar="X",
+        help="Standard deviation of each channel, in the unit of --mean; default: as of --mean.")
 
 
 def probe_flags(parser, title="fast linear probe", training=True):
@@ -225,7 +239,11 @@ def probe_flags(parser, title="fast linear probe", training=True):
 def validation_flags(parser):
     add = parser.group("validation", changeable=True)
     add("--fast_linear_probe", **SWITCH, default=1,
-        help="1: each validation trains and tests the fast linear probe; 0: no probe.")
+        help="1: each validation trains and tests the fast probe on --data_tr and --data_val, if "
+        "they have several classes; 0: no probe on them.")
+    add("--probe_data", nargs="+", metavar="NAME=TRAIN,VAL",
+        help="Other labelled images on which each validation trains and tests a fast linear probe: "
+        f"a name for the metrics, and the paths of training and validation images ({IMAGES}).")
     add("--ex_for_mse_loss", type=whole(1), default=2048, metavar="IMAGES",
         help="Number of images on which the validation loss is computed.")
     add("--z_per_ex_loss", type=whole(1), default=128, metavar="CODES",
@@ -238,6 +256,9 @@ def validation_flags(parser):
         help="Number of validation images, one per row, in the picture of completions.")
     add("--z_per_ex_vis", type=whole(1), default=8, metavar="CODES",
         help="Number of codes, one per column, in the pictures of completions.")
+    add("--show_bands", type=whole(0), nargs="+", metavar="BAND",
+        help="Channels, numbered from 0, that pictures of completions show as red, green and blue, "
+        "or the one that they show as grey; default: the first three, or the first of one or two.")
     add("--steps_per_eval", type=whole(0), default=64, metavar="STEPS",
         help="Validate every STEPS steps, also before the first and after the last; 0: never.")
     add("--get_mae_baseline", **SWITCH, default=1,
@@ -276,9 +297,15 @@ def run_flags(parser):
         help="Newest checkpoint of a run to go on with; flags not given keep that run's values.")
     add("--force_resume", **SWITCH, default=0,
         help="1: go on although flags of training, not of the model, have changed; 0: refuse to.")
+    add("--config", metavar="FILE", default=argparse.SUPPRESS,
+        help="JSON file with values for flags that the command line does not give: {\"lr\": 0.001, "
+        "...}, or a run's config.json. A run's "
+        f"{', '.join(f'--{name}' for name in NOT_FROM_CONFIG)} are left out; a file of your own "
+        "can't have them.")
     add("--staged", metavar="DIR",
         help="Folder on a fast disk with copies of the data: DIR/PATH is read in place of /PATH of "
-        "--data_tr or --data_val; the run's name keeps /PATH (scripts/slurm_submit.py --stage).")
+        "--data_tr, --data_val and --probe_data; the run's name keeps /PATH "
+        "(scripts/slurm_submit.py --stage).")
 
 
 # fmt: on
@@ -300,9 +327,68 @@ def architecture_flags(config_class=ModelConfig):
 def parse_flags(argv=None):
     """The flags of TrainIMLE.py, resolved and checked; ends the program on a mistake."""
     parser = training_parser()
+    argv = with_config(sys.argv[1:] if argv is None else argv)
     use_flags_of_run(parser, argv)
     with parser.errors():
         return resolve_flags(parser.parse_args(argv))
+
+
+def with_config(argv):
+    """The words of TrainIMLE.py's command line, with the flags in the --config FILE that they name
+    as words in front of them, in its place. Ends the program on a mistake in the file."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", nargs="?")  # a missing value is left to the parser to report
+    args, others = early.parse_known_args(argv)
+    if args.config is None:
+        return argv
+    parser = training_parser()
+    parser.source = f"--config {args.config}"
+    for action in parser._actions:
+        action.required = False
+    with parser.errors():
+        flags = read_config_file(args.config)
+        parser.check_names(f"--{name}" for name in flags)
+        words = [word for name, value in flags.items() for word in as_words(parser, name, value)]
+        parser.parse_args(words)  # to report mistakes as those of the file
+    return [*words, *others]
+
+
+def read_config_file(path):
+    """The flags in a --config FILE, a dict, without those that it never sets."""
+    try:
+        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"it can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"it is no JSON: {first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise InputError('expected names of flags with their values, {"lr": 0.001, ...}')
+    if isinstance(content.get("flags"), dict):  # of a run, which holds all of its flags
+        flags = current_flags(content["flags"])
+        return {name: flags[name] for name in flags if name not in NOT_FROM_CONFIG}
+    for name in NOT_FROM_CONFIG:
+        if name in content:
+            raise InputError(f"--{name}: allowed on the command line only")
+    return content
+
+
+def as_words(parser, name, value):
+    """The value of a flag in a --config FILE as words of a command line; none for null or an empty
+    list, which leave the flag's default."""
+    action, several = parser._option_string_actions[f"--{name}"], isinstance(value, list)
+    values = value if several else [value]
+    if value in (None, []):
+        return []
+    if not all(isinstance(part, str | int | float) for part in values):  # a bool is an int
+        raise InputError(f"--{name}: expected a number, a text, or a list of these")
+    if several and action.nargs != "+":
+        raise InputError(f"--{name}: expected one value, not a list")
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if value not in (0, 1):
+            raise InputError(f"--{name}: expected true or false")
+        return [f"--{name}" if value else f"--no-{name}"]
+    texts = [str(int(part) if isinstance(part, bool) else part) for part in values]
+    return [f"--{name}", *texts] if several else [f"--{name}={texts[0]}"]
 
 
 def use_flags_of_run(parser, argv):
@@ -359,6 +445,8 @@ def resolve_flags(args):
     check_codes(flags)
     check_steps(flags)
     check_weights(flags)
+    check_bands(flags.show_bands or [], flags.channels)
+    probe_paths(flags.probe_data)
     if not re.fullmatch(r"[\w.+-]{1,64}", flags.uid, re.ASCII):
         refuse(flags, "uid", "allowed are up to 64 letters, digits and . _ + -")
     if args.sp > args.ns and not args.ignore_z:
@@ -401,8 +489,12 @@ def refuse(flags, name, reason):
 
 def check_model(flags):
     """The ModelConfig of resolved flags; an InputError for sizes and options of no model."""
+    if (flags.mean is None) != (flags.std is None):
+        name = "std" if flags.mean is None else "mean"
+        refuse(flags, name, "give --mean and --std, or neither")
+    unknown = dict.fromkeys(("mean", "std"), (0.5,) * flags.channels)  # measured later
     try:
-        return ModelConfig(**model_fields(flags))
+        return ModelConfig(**(unknown | model_fields(flags)))
     except FieldError as error:
         refuse(flags, "input_size" if error.field == "image_size" else error.field, error.reason)
 
@@ -424,6 +516,13 @@ def check_mask_ratio(mask_ratio, n_patches):
     if not 0 < n_visible < n_patches:
         reason = f"it leaves {n_visible} of {n_patches} patches visible"
         raise InputError(f"--mask_ratio {mask_ratio:g}: {reason}; allowed are some, but not all")
+
+
+def check_bands(bands, channels):
+    """Refuses --show_bands that are not three, or one, of an image's channels."""
+    if len(bands) not in (0, 1, 3) or any(band >= channels for band in bands):
+        reason = f"allowed are three numbers, or one, from 0 to {channels - 1}"
+        raise InputError(f"--show_bands {' '.join(map(str, bands))}: {reason}")
 
 
 def check_codes(flags):
@@ -601,6 +700,21 @@ def parse_ip_spec(words):
     )
 
 
+def probe_paths(words):
+    """--probe_data's words NAME=TRAIN,VAL, or None, as {name: (training path, validation path)}."""
+    pairs = {}
+    for word in words or []:
+        name, _, paths = word.partition("=")
+        paths = tuple(paths.split(","))
+        if not re.fullmatch(r"[\w.+-]+", name, re.ASCII) or len(paths) != 2 or not all(paths):
+            reason = "expected NAME=TRAIN,VAL, two paths without commas"
+            raise InputError(f"--probe_data {word}: {reason}; names have letters, digits, . _ + -")
+        if name in pairs:
+            raise InputError(f"--probe_data {word}: the name {name} twice; give each set its own")
+        pairs[name] = paths
+    return pairs
+
+
 def device_names(gpus, processes):
     """--gpus and --processes as torch's device names, one per process."""
     gpus_here = [str(number) for number in range(torch.cuda.device_count())]
@@ -620,10 +734,12 @@ def device_names(gpus, processes):
 
 def model_fields(flags):
     """The fields of ModelConfig that resolved flags determine: all but norm_eps, which weights from
-    elsewhere bring along."""
+    elsewhere bring along, and mean and std unless they are given."""
     preset = vars(PRESETS[flags.arch])
     fields = preset | vars(flags)
     fields["image_size"] = tuple(flags.input_size)
     fields["norm_pix_loss"] = bool(flags.norm_pix_loss)
     fields["ip_spec"] = parse_ip_spec(flags.ip_spec)
-    return {name: fields[name] for name in preset if name != "norm_eps"}
+    for name in ("mean", "std"):
+        fields[name] = fields[name] and tuple(fields[name])
+    return {k: fields[k] for k in preset if k != "norm_eps" and fields[k] is not None}

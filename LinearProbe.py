@@ -24,7 +24,13 @@ import Data
 import IO
 import Utils
 from Augmentation import transforms
-from internals.encoders import check_finite, extract, load_encoder, nearest_neighbors
+from internals.encoders import (
+    check_finite,
+    effective_rank,
+    extract,
+    load_encoder,
+    nearest_neighbors,
+)
 from internals.full_probe import Encoder, full_probe, make_plan, probe_folder
 from internals.processes import StopSignal, adopt_slurm_step, launch, run_command
 from internals.runs import check_writable
@@ -91,6 +97,12 @@ def linear_probe(
     }
 
 
+def check_classes(images):
+    """An InputError for images of fewer than two classes."""
+    if (n := len(images.classes)) < 2:
+        raise InputError(f"a probe needs at least two classes, there is {n}")
+
+
 class FastProbe:
     """The few-shot probe that training uses. The images are chosen once; each call computes a
     model's features of these images and trains a head."""
@@ -99,21 +111,18 @@ class FastProbe:
     def __init__(
         self, images_tr, images_val, *, image_size, device, n_way, n_shot, augs_per_image=1,
         use_augs=True, images_per_pass, pool="mean", n_codes=0, lr, epochs, batch_size, seed=0,
-        num_workers=0, loader_timeout=0, stopping=lambda: False,
+        num_workers=0, loader_timeout=0, stopping=lambda: False, title="the probe",
     ):
         """n_way, n_shot: at most so many classes, and training images per class; pool: "mean" of
         the patch tokens, or "cls"; n_codes: features are means over so many codes, 0: no codes;
-        lr, epochs, batch_size: see linear_probe; loader_timeout, stopping: see ImageLoader."""
+        lr, epochs, batch_size: see linear_probe; loader_timeout, stopping: see ImageLoader; title:
+        for messages."""
         n_classes = len(images_tr.classes)
-        if n_classes < 2:
-            raise InputError(
-                f"--data_tr: a probe needs at least two classes, there is {n_classes}; "
-                "train without a probe by --fast_linear_probe 0"
-            )
+        check_classes(images_tr)
         smallest_class = int(torch.bincount(torch.as_tensor(images_tr.targets)).min())
         ways, shots = min(n_way, n_classes), min(n_shot, smallest_class)
         if (ways, shots) != (n_way, n_shot):
-            say(f"note: the probe has --val_n_way {ways} classes of --val_n_shot {shots} images")
+            say(f"note: {title} has --val_n_way {ways} classes of --val_n_shot {shots} images")
         train = Data.few_shot(images_tr, ways, shots, seed)
         test = Data.with_classes(images_val, train.classes)
         transform_tr, transform_te = transforms(image_size, use_augs)
@@ -143,9 +152,11 @@ class FastProbe:
         return tuple(len(labels) for _, labels in self.sets)
 
     def __call__(self, model):
-        """{"top1", "top5", "knn"} of the model's encoder, fractions."""
+        """{"top1", "top5", "knn"} of the model's encoder, fractions; "rankme" of the test images'
+        features."""
         train, test = ((features(model)[:, 0], labels) for features, labels in self.sets)
-        return self.train_head(*train, *test)
+        accuracies = self.train_head(*train, *test)  # also checks that the features are finite
+        return accuracies | {"rankme": effective_rank(test[0])}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -171,15 +182,15 @@ def start(flags):
         skip_bad_images=bool(flags.skip_bad_images),
         same_classes=False,
     )
-    if len(images_tr.classes) < 2:
-        n = len(images_tr.classes)
-        raise InputError(f"--data_tr: a probe needs at least two classes, there is {n}")
+    with naming("--data_tr"):
+        check_classes(images_tr)
     with naming("--data_val"):
-        extra = sorted(set(images_val.classes) - set(images_tr.classes))
+        classes = images_val.classes
+        images_val = Data.with_classes(images_val, images_tr.classes)
+        extra = sorted(set(classes) - set(images_tr.classes))
         if extra and flags.train_n_way == -1:
             more = f" ({len(extra)} such)" * (len(extra) > 1)
             raise InputError(f"the training data has no class {extra[0]}, which this has{more}")
-        images_val = Data.with_classes(images_val, images_tr.classes)
     launch(run, flags.gpus, flags, images_tr, images_val)
 
 
@@ -191,6 +202,8 @@ def run(flags, images_tr, images_val):
     with naming("--model"):
         model = load_encoder(flags.model, size=flags.input_size, seed=flags.seed, dtype=dtype)
     model = model.to(device)
+    for images in (images_tr, images_val):
+        Data.use_channels(images, model.config.channels)
     if flags.fast:
         result = run_fast_probe(flags, model, images_tr, images_val, device)
     else:

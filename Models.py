@@ -2,8 +2,8 @@
 and out.
 
 Letters in shapes: N images, K codes per image, L patches, V visible patches, M masked patches to
-predict (V + M = L if all are predicted), T tokens, C channels, D numbers per code, P pixels along a
-patch."""
+predict (V + M = L if all are predicted), T tokens, C channels (of an image, or of tokens), D
+numbers per code, P pixels along a patch."""
 
 import copy
 import dataclasses
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed, build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 
-from Augmentation import denormalize, normalize
+from Augmentation import MEAN, STD, normalize, to_pictures
 from Utils import InputError, Stream, mix_seeds, random_normal
 
 
@@ -61,6 +61,10 @@ class ModelConfig:
     mapping_net_lrmul: float = 0.01
     act_type: str = "leakyrelu"  # a key of ACTIVATIONS
     adain_init: str = "original"  # one of ADAIN_INITS
+    channels: int = 3  # of an image
+    # Of each channel, by which images are normalised: see Augmentation.normalize.
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
 
     def __post_init__(self):
         for field, is_allowed, reason in self._rules():
@@ -81,6 +85,14 @@ class ModelConfig:
         is_grid = is_pair(size) and all(is_size(side) and side % patch_size == 0 for side in size)
         reason = f"allowed are a height and a width, multiples of {patch_size}, the patch size"
         yield "image_size", is_grid, reason
+        for name in ("mean", "std"):
+            values, low = getattr(self, name), 0 if name == "std" else -math.inf
+            are_numbers = isinstance(values, (tuple, list)) and len(values) == self.channels
+            are_numbers = are_numbers and all(
+                type(value) in (int, float) and low < value < math.inf for value in values
+            )
+            kind = "finite numbers" + " above 0" * (name == "std")
+            yield name, are_numbers, f"allowed are {self.channels} {kind}, one for each channel"
         lrmul, eps = self.mapping_net_lrmul, self.norm_eps
         is_positive = type(lrmul) in (int, float) and 0 < lrmul < math.inf
         yield "mapping_net_lrmul", is_positive, "allowed are finite numbers above 0"
@@ -247,17 +259,17 @@ def pick(values, indices):
 
 
 def patchify(images, patch_size):
-    """images (N, 3, H, W) -> patches (N, L, P*P*3) in raster order."""
+    """images (N, C, H, W) -> patches (N, L, P*P*C) in raster order."""
     n, c, h, w = images.shape
     x = images.reshape(n, c, h // patch_size, patch_size, w // patch_size, patch_size)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, patch_size**2 * c)
 
 
-def unpatchify(patches, grid):
-    """patches (..., L, P*P*3) -> images (..., 3, H, W) for a grid of (rows, columns) of patches."""
-    patch_size = math.isqrt(patches.shape[-1] // 3)
-    x = patches.unflatten(-1, (patch_size, patch_size, 3)).unflatten(-4, grid)
-    x = x.movedim(-1, -5).movedim(-3, -2)  # (..., 3, rows, P, columns, P)
+def unpatchify(patches, grid, channels=3):
+    """patches (..., L, P*P*C) -> images (..., C, H, W) for a grid of (rows, columns) of patches."""
+    patch_size = math.isqrt(patches.shape[-1] // channels)
+    x = patches.unflatten(-1, (patch_size, patch_size, channels)).unflatten(-4, grid)
+    x = x.movedim(-1, -5).movedim(-3, -2)  # (..., C, rows, P, columns, P)
     return x.flatten(-4, -3).flatten(-2, -1)
 
 
@@ -268,7 +280,7 @@ def patch_statistics(patches):
 
 
 def target_patches(images, patch_size, norm_pix_loss):
-    """What the network learns to predict for images (N, 3, H, W): (N, L, P*P*3)."""
+    """What the network learns to predict for images (N, C, H, W): (N, L, P*P*C)."""
     # To predict something else than pixels, change this function. If the number of values per patch
     # changes, change the width of `decoder_pred` and `masked_target`, which reads P from it; for
     # pictures change `pixels`, which turns predictions into pixels.
@@ -285,14 +297,15 @@ def masked_patches(mask, n_masked):
 
 
 def masked_target(images, mask, pred, norm_pix_loss):
-    """The targets (N, 1, M, P*P*3) of predictions of the masked patches, pred (..., M, P*P*3)."""
-    target = target_patches(images, math.isqrt(pred.shape[-1] // 3), norm_pix_loss)
+    """The targets (N, 1, M, P*P*C) of predictions of the masked patches, pred (..., M, P*P*C)."""
+    patch_size = math.isqrt(pred.shape[-1] // images.shape[1])
+    target = target_patches(images, patch_size, norm_pix_loss)
     return pick(target[:, None], masked_patches(mask, pred.shape[-2]))
 
 
 def reconstruction_loss(pred, images, mask, norm_pix_loss=True):
     """Mean squared error over each image's masked patches (MAE, section 3): (N,) for pred (N, L or
-    M, P*P*3), (N, K) for pred (N, K, L or M, P*P*3). images (N,3,H,W) normalised; mask (N,L), 1 =
+    M, P*P*C), (N, K) for pred (N, K, L or M, P*P*C). images (N,C,H,W) normalised; mask (N,L), 1 =
     removed; every image has M removed patches."""
     if pred.ndim == 3:
         return reconstruction_loss(pred[:, None], images, mask, norm_pix_loss)[:, 0]
@@ -394,7 +407,7 @@ class ImplicitMAE(nn.Module):
         c, norm = config, partial(nn.LayerNorm, eps=config.norm_eps)
         self.n_blocks = c.depth + c.decoder_depth
         self.cross_decoder = issubclass(DECODERS[c.decoder], CrossBlock)
-        self.patch_embed = PatchEmbed(c.image_size, c.patch_size, 3, c.dim)
+        self.patch_embed = PatchEmbed(c.image_size, c.patch_size, c.channels, c.dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.dim))
         self.pos_embed = nn.Parameter(sincos_position_embedding(c.grid, c.dim), requires_grad=False)
         self.blocks = nn.ModuleList(SelfBlock(c.dim, c.num_heads, norm) for _ in range(c.depth))
@@ -409,7 +422,7 @@ class ImplicitMAE(nn.Module):
             for _ in range(c.decoder_depth)
         )
         self.decoder_norm = norm(c.decoder_dim)
-        self.decoder_pred = nn.Linear(c.decoder_dim, c.patch_size**2 * 3)
+        self.decoder_pred = nn.Linear(c.decoder_dim, c.patch_size**2 * c.channels)
         self._initialize()
         self._add_injections()
 
@@ -449,7 +462,7 @@ class ImplicitMAE(nn.Module):
             self.prefix_blocks = min(self.prefix_blocks, c.depth)
 
     def prefix(self, images, mask_noise, mask_ratio=0.75, predict_ratio=1.0):
-        """Runs the network up to the first injection: images (N,3,H,W) normalised, mask_noise (N,L)
+        """Runs the network up to the first injection: images (N,C,H,W) normalised, mask_noise (N,L)
         -> a Prefix for `suffix`. predict_ratio: number of patches to predict, as a share of L: the
         masked patches with the lowest mask_noise, or all masked patches if these are fewer."""
         length = mask_noise.shape[1]
@@ -466,8 +479,8 @@ class ImplicitMAE(nn.Module):
         return Prefix(tokens, positions, mask, n_visible)
 
     def suffix(self, prefix, codes, masked_only=True, also_without_code=False):
-        """Runs the rest of the network for codes (N, K, D): predictions (N, K, M, P*P*3) of the
-        masked patches, with masked_only=False (N, K, L, P*P*3) of all, in raster order. Without
+        """Runs the rest of the network for codes (N, K, D): predictions (N, K, M, P*P*C) of the
+        masked patches, with masked_only=False (N, K, L, P*P*C) of all, in raster order. Without
         codes the dimension K is missing. also_without_code: K+1 predictions, the last without."""
         positions, x = prefix.positions, prefix.tokens
         if also_without_code and codes is not None:  # `_inject` leaves the last of the K+1 as it is
@@ -494,15 +507,15 @@ class ImplicitMAE(nn.Module):
         predict_ratio=1.0,
         also_without_code=False,
     ):
-        """images (N,3,H,W) normalised, mask_noise (N,L) whose argsort is the mask as in MAE, codes
-        (N,K,D) or None -> pred (N, K, L, P*P*3), without codes (N, L, P*P*3); mask (N, L), 1 =
-        removed and to be predicted. also_without_code: pred (N, K+1, L, P*P*3), the last without
+        """images (N,C,H,W) normalised, mask_noise (N,L) whose argsort is the mask as in MAE, codes
+        (N,K,D) or None -> pred (N, K, L, P*P*C), without codes (N, L, P*P*C); mask (N, L), 1 =
+        removed and to be predicted. also_without_code: pred (N, K+1, L, P*P*C), the last without
         code."""
         prefix = self.prefix(images, mask_noise, mask_ratio, predict_ratio)
         return self.suffix(prefix, codes, masked_only, also_without_code), prefix.mask
 
     def encode(self, images, codes=None):
-        """Runs the encoder on all patches: images (N,3,H,W) normalised, codes (N, D) or None ->
+        """Runs the encoder on all patches: images (N,C,H,W) normalised, codes (N, D) or None ->
         tokens (N, 1+L, C) after the encoder's last norm; codes (N, K, D) -> (N, K, 1+L, C), or
         (N, 1, 1+L, C) if the encoder has no injection."""
         if codes is not None and codes.ndim == 2:
@@ -545,12 +558,12 @@ class ImplicitMAE(nn.Module):
         return torch.cat([x, without_code], dim=1) if without_code.shape[1] else x
 
     def _embed(self, images, positions):
-        """images (N,3,H,W) -> the class token and the patches at positions[:, 1:]: (N, 1, T, C).
+        """images (N,C,H,W) -> the class token and the patches at positions[:, 1:]: (N, 1, T, C).
         Embeds only the selected patches: the same result as the convolution."""
         patch_positions, convolution = positions[:, 1:], self.patch_embed.proj
-        weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)  # (C, P*P*3)
+        weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)  # (C, P*P*C)
         patches = patchify(images.to(weight.dtype), self.config.patch_size)
-        patches = pick(patches[:, None], patch_positions - 1)  # (N, 1, T-1, P*P*3)
+        patches = pick(patches[:, None], patch_positions - 1)  # (N, 1, T-1, P*P*C)
         patches = F.linear(patches, weight, convolution.bias)
         patches = patches + self.pos_embed[0][patch_positions][:, None]
         class_token = (self.cls_token + self.pos_embed[:, :1])[None].expand(len(images), -1, -1, -1)
@@ -652,7 +665,7 @@ def parameter_groups(model, weight_decay):
 
 
 def pixels(pred, images, config):
-    """Predictions (N,K,L,P*P*3) as normalised pixels of images (N,3,H,W). With norm_pix_loss they
+    """Predictions (N,K,L,P*P*C) as normalised pixels of images (N,C,H,W). With norm_pix_loss they
     get the mean and deviation of the true patches, which the network does not predict."""
     if not config.norm_pix_loss:
         return pred
@@ -661,27 +674,30 @@ def pixels(pred, images, config):
 
 
 def paste(patches, images, mask):
-    """Pastes patches (N,K,L,P*P*3) into images (N,3,H,W) where mask (N,L) is 1: (N,K,3,H,W)."""
-    patch_size = math.isqrt(patches.shape[-1] // 3)
+    """Pastes patches (N,K,L,P*P*C) into images (N,C,H,W) where mask (N,L) is 1: (N,K,C,H,W)."""
+    channels = images.shape[1]
+    patch_size = math.isqrt(patches.shape[-1] // channels)
     grid = (images.shape[-2] // patch_size, images.shape[-1] // patch_size)
     true = patchify(images, patch_size)[:, None]
-    return unpatchify(torch.where(mask[:, None, :, None].bool(), patches, true), grid)
+    return unpatchify(torch.where(mask[:, None, :, None].bool(), patches, true), grid, channels)
 
 
 @torch.no_grad()
-def completions(model, images, mask_noise, codes, mask_ratio):
-    """Pictures uint8 (N, 2 + K, 3, H, W) for images (N,3,H,W) normalised and codes (N,K,D): the
+def completions(model, images, mask_noise, codes, mask_ratio, bands=()):
+    """Pictures uint8 (N, 2 + K, 3, H, W) for images (N,C,H,W) normalised and codes (N,K,D): the
     image, the masked image, and a completion per code, with the visible patches pasted in. Without
-    codes (None) K is 1."""
+    codes (None) K is 1. bands: the channels that are drawn, see Augmentation.to_pictures."""
     pred, mask = model(images, mask_noise, codes, mask_ratio)
-    return pictures(pred if codes is not None else pred[:, None], images, mask, model.config)
+    return pictures(pred if codes is not None else pred[:, None], images, mask, model.config, bands)
 
 
-def pictures(pred, images, mask, config):
-    """The pictures of `completions`, for predictions (N,K,L,P*P*3) of images (N,3,H,W) normalised;
+def pictures(pred, images, mask, config, bands=()):
+    """The pictures of `completions`, for predictions (N,K,L,P*P*C) of images (N,C,H,W) normalised;
     mask (N,L), 1 = removed."""
-    pred = pred.float()
-    gray = normalize(images.new_full((1, 3, 1, 1), 128)).flatten().repeat(pred.shape[-1] // 3)
+    c, pred = config, pred.float()
+    gray = normalize(images.new_full((1, c.channels, 1, 1), 128), c.mean, c.std)
+    gray = gray.flatten().repeat(c.patch_size**2)
     masked = paste(gray.expand_as(pred[:, :1]), images, mask)
-    completed = paste(pixels(pred, images, config), images, mask)
-    return denormalize(torch.cat([images[:, None], masked, completed], dim=1))
+    completed = paste(pixels(pred, images, c), images, mask)
+    cells = torch.cat([images[:, None], masked, completed], dim=1)  # (N, 2 + K, C, H, W)
+    return to_pictures(cells, c.mean, c.std, bands)

@@ -94,7 +94,7 @@ def try_codes(model, prefix, images, seeds, numbers, codes_per_pass):
     Returns residuals (N, k, Q), prediction minus target, and losses (N, k)."""
     residuals, losses = [], []
     for codes in code_passes(model, prefix, seeds, numbers, codes_per_pass):
-        pred = model.suffix(prefix, codes)  # (N, k, M, P*P*3)
+        pred = model.suffix(prefix, codes)  # (N, k, M, P*P*C)
         target = masked_target(images, prefix.mask, pred, model.config.norm_pix_loss)
         residuals.append((pred - target).flatten(2))
         losses.append(image_losses(model, pred, images, prefix.mask))

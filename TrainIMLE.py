@@ -27,6 +27,7 @@ import Samplers
 from Augmentation import normalize, transforms
 from internals import runs
 from internals.checkpoints import Checkpoints, Keeper, Progress, refuse_unknown
+from internals.encoders import extract
 from internals.processes import StopSignal, adopt_slurm_step, launch, run_command
 from internals.runs import locate_run
 from internals.weights import PUBLISHED
@@ -122,14 +123,14 @@ def choose_codes(
     code whose completion is nearest to the image. rs_epsilon: see Samplers.sort_keys; prefix:
     model.prefix of the images, if it is computed already.
 
-    images (N,3,H,W) normalised, mask_noise (N,L), seeds (N,) int64 -> chosen codes (N,D), their
+    images (N,C,H,W) normalised, mask_noise (N,L), seeds (N,) int64 -> chosen codes (N,D), their
     numbers (N,) int64 in the seeds' sequences, their losses (N,), the mean loss over codes (N,)."""
     if prefix is None:  # the network up to the first injection, once per image
         prefix = model.prefix(images, mask_noise, mask_ratio, predict_ratio)
     numbers = torch.arange(codes_per_image, device=images.device).expand(len(images), -1)  # (N, S)
     losses = []
     for codes in code_passes(model, prefix, seeds, numbers, codes_per_pass):
-        pred = model.suffix(prefix, codes)  # (N, k, M, P*P*3)
+        pred = model.suffix(prefix, codes)  # (N, k, M, P*P*C)
         losses.append(image_losses(model, pred, images, prefix.mask))
     losses = torch.cat(losses, dim=1)  # (N, S)
     chosen = sort_keys(losses, rs_epsilon).argmin(dim=1, keepdim=True)  # (N, 1)
@@ -212,7 +213,7 @@ def step_losses(network, model, share, *, also_without_code, mask_ratio, predict
     """The losses of a gradient step on the n images of a Batch, from one pass of the encoder: (n,
     2), with the chosen code and without code; (n, 1) of a plain MAE, or with the code alone."""
     device = model.pos_embed.device
-    images, codes = normalize(share.images), None
+    images, codes = normalize(share.images, model.config.mean, model.config.std), None
     if share.code_numbers is not None:
         seeds, numbers = share.seeds.to(device), share.code_numbers.to(device)
         codes = model.numbered_codes(seeds, numbers[:, None])  # (n, 1, D)
@@ -284,7 +285,8 @@ def choose_pool_codes(
     common_chunks = -(-len(missing) // images_per_pass) // world_size()
     for n_done, (part, images) in enumerate(chunks, 1):
         rows = missing[part]
-        chunk = normalize(images), pool.mask_noise(rows).to(device), pool.seeds[rows].to(device)
+        images = normalize(images, model.config.mean, model.config.std)
+        chunk = images, pool.mask_noise(rows).to(device), pool.seeds[rows].to(device)
         chosen = choose_chunk_codes(fast_model, *chunk, choose, mask_ratio, predict_ratio)
         numbers[rows.to(device)], losses[rows.to(device)] = chosen
         if n_done <= common_chunks and keeper.wants_to_save():
@@ -360,18 +362,20 @@ def learning_rates(step, *, lr, lr_z, min_lr, headstart, ramp, total, cycles):
     }
 
 
-def make_model(flags, checkpoint):
+def make_model(flags, checkpoint, measure):
     """The model that the flags ask for, with pretrained or fresh weights. With a checkpoint: a
-    model of the checkpoint's config, with fresh weights."""
+    model of the checkpoint's config, with fresh weights. measure() gives the mean and std of images
+    where neither flags, nor weights, nor ImageNet do."""
     if checkpoint is not None:  # `go_on` restores the weights
         with naming("the newest checkpoint"):
             refuse_unknown(checkpoint["config"], vars(ModelConfig()), "its model")
             return build(ModelConfig(**checkpoint["config"]))
     fields = IO.model_fields(flags)
     if not flags.finetune:
-        return build(ModelConfig(**fields))
+        is_known = "mean" in fields or flags.channels == 3
+        return build(ModelConfig(**fields, **({} if is_known else measure())))
     with naming("--mae_weights" if flags.mae_weights else "--finetune 1"):
-        return IO.load_model(flags.mae_weights or PUBLISHED[flags.arch], **fields)
+        return IO.load_model(flags.mae_weights or PUBLISHED[flags.arch], measure=measure, **fields)
 
 
 def check_surrogate(model, images_per_pass, codes_per_image):
@@ -390,7 +394,7 @@ def check_surrogate(model, images_per_pass, codes_per_image):
         )
 
 
-def make_validation(flags, record, stop, images_tr, images_val, device, dtype):
+def make_validation(flags, record, stop, images_tr, images_val, probe_pairs, device, dtype):
     """The Validation that the flags ask for; an InputError for data that can't be probed."""
     size, seed = tuple(flags.input_size), flags.seed
     transform = transforms(size, flags.use_augs)[1]
@@ -403,43 +407,63 @@ def make_validation(flags, record, stop, images_tr, images_val, device, dtype):
         "pretrain_train": (images_tr, flags.ex_for_vis_tr),
         "pretrain_test": (images_val, flags.ex_for_vis_te),
     }
-    probe = None
+    pool, n_codes = "mean" if flags.global_pool else "cls", 0 if flags.probe_ignore_z else 1
+    make_probe = partial(
+        LinearProbe.FastProbe,
+        image_size=size,
+        device=device,
+        n_way=flags.val_n_way,
+        n_shot=flags.val_n_shot,
+        augs_per_image=flags.probe_augs_per_image,
+        use_augs=bool(flags.use_augs),
+        images_per_pass=flags.probe_bs_val,
+        pool=pool,
+        n_codes=n_codes,
+        lr=flags.probe_lr,
+        epochs=flags.probe_epochs,
+        batch_size=flags.probe_bs,
+        seed=flags.seed,
+        num_workers=flags.num_workers,
+        loader_timeout=flags.loader_timeout,
+        stopping=stop.asked,
+    )
+    probes = {}
     if flags.fast_linear_probe and flags.steps_per_eval:
-        probe = LinearProbe.FastProbe(
-            images_tr,
-            images_val,
-            image_size=size,
-            device=device,
-            n_way=flags.val_n_way,
-            n_shot=flags.val_n_shot,
-            augs_per_image=flags.probe_augs_per_image,
-            use_augs=bool(flags.use_augs),
-            images_per_pass=flags.probe_bs_val,
-            pool="mean" if flags.global_pool else "cls",
-            n_codes=0 if flags.probe_ignore_z else 1,
-            lr=flags.probe_lr,
-            epochs=flags.probe_epochs,
-            batch_size=flags.probe_bs,
-            seed=flags.seed,
-            num_workers=flags.num_workers,
-            loader_timeout=flags.loader_timeout,
-            stopping=stop.asked,
-        )
+        if len(images_tr.classes) > 1:
+            probes[""] = make_probe(images_tr, images_val)
+        else:
+            say("note: no probe on the training images: all are of one class, or without classes")
+    for name, pair in probe_pairs.items() if flags.steps_per_eval else ():
+        with naming(f"--probe_data {name}: TRAIN"):
+            probes[name] = make_probe(*pair, title=f"the probe on {name}")
+    loss_examples = examples(images_val, flags.ex_for_mse_loss, transform, seed=seed, **loading)
+    features = partial(
+        extract,
+        loader=loss_examples.loader,
+        indices=loss_examples.indices,
+        seeds=loss_examples.seeds,
+        device=device,
+        batch_size=flags.probe_bs_val,
+        parts=(pool,),
+        n_codes=n_codes,
+    )
     return Validation(
         record,
         stop,
-        loss_examples=examples(images_val, flags.ex_for_mse_loss, transform, seed=seed, **loading),
+        loss_examples=loss_examples,
         picture_examples={
             name: examples(images, count, transform, seed=seed, **loading)
             for name, (images, count) in grids.items()
             if count
         },
-        probe=probe,
+        probes=probes,
+        features=features,
         steps_per_eval=flags.steps_per_eval,
         images_per_pass=flags.eval_bs,
         codes_per_image=flags.z_per_ex_loss,
         codes_per_pass=flags.sp,
         codes_per_picture=flags.z_per_ex_vis,
+        bands=flags.show_bands or (),
         mask_ratio=flags.mask_ratio,
         dtype=dtype,
         baseline=bool(flags.get_mae_baseline),
@@ -452,8 +476,9 @@ def make_optimizer(model, *, weight_decay, betas):
     return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 
-def run(flags, images_tr, images_val):
-    """One process of a run: puts its parts together and trains."""
+def run(flags, images_tr, images_val, probe_pairs):
+    """One process of a run: puts its parts together and trains. probe_pairs: see
+    Data.open_probe_pairs."""
     device = join_processes(flags.gpus)
     flags = from_first_process(flags)  # under torchrun, each process has drawn another uid
     data = Data.fingerprints(images_tr, images_val)
@@ -467,7 +492,9 @@ def run(flags, images_tr, images_val):
     sample_dtype = choose_dtype(flags.sample_dtype, device)
     step_dtype = fastest_dtype(device) if flags.fp16 else torch.float32
     record, stop = runs.Run(run_start, vars(flags), wandb=flags.wandb), StopSignal()
-    validation = make_validation(flags, record, stop, images_tr, images_val, device, sample_dtype)
+    validation = make_validation(
+        flags, record, stop, images_tr, images_val, probe_pairs, device, sample_dtype
+    )
     loader = Data.ImageLoader(
         images_tr,
         transforms(tuple(flags.input_size), flags.use_augs)[0],
@@ -477,8 +504,16 @@ def run(flags, images_tr, images_val):
         pin_memory=device.type == "cuda",
     )
 
+    measure = partial(
+        Data.measure_channels,
+        images_tr,
+        transforms(tuple(flags.input_size), flags.use_augs)[1],
+        seed=flags.seed,
+        num_workers=flags.num_workers,
+        timeout=flags.loader_timeout,
+    )
     torch.manual_seed(flags.seed)
-    model = make_model(flags, run_start.checkpoint).to(device)
+    model = make_model(flags, run_start.checkpoint, measure).to(device)
     if flags.sampler == "surrogate":
         check_surrogate(model, min(flags.code_bs, flags.ex_per_epoch), flags.ns)
     optimizer = make_optimizer(model, weight_decay=flags.wd, betas=(flags.beta1, flags.beta2))
@@ -531,18 +566,23 @@ def go_on(run_start, checkpoints, optimizer, progress):
 
 def start(flags):
     """Opens the data, then runs in as many processes as there are devices."""
+    opening = {
+        "staged": flags.staged,
+        "image_decoder": flags.image_decoder,
+        "skip_bad_images": bool(flags.skip_bad_images),
+        "channels": flags.channels,
+    }
     images = Data.open_pair(
         flags.data_tr,
         flags.data_val,
-        staged=flags.staged,
         n_way=flags.train_n_way,
         n_shot=flags.train_n_shot,
         seed=flags.seed,
-        image_decoder=flags.image_decoder,
-        skip_bad_images=bool(flags.skip_bad_images),
         same_classes=bool(flags.fast_linear_probe) or flags.train_n_way != -1,
+        **opening,
     )
-    launch(run, flags.gpus, flags, *images)
+    probe_pairs = Data.open_probe_pairs(IO.probe_paths(flags.probe_data), **opening)
+    launch(run, flags.gpus, flags, *images, probe_pairs)
 
 
 def main(argv=None):

@@ -214,9 +214,14 @@ def say(text):
         flush_output()
 
 
+def drawable(text):
+    """The text with escapes for what is not valid Unicode, which names of files may hold."""
+    return str(text).encode(errors="backslashreplace").decode()
+
+
 def printable(text):
-    """Text on one line, with escapes for file names that are not valid Unicode."""
-    return text.encode(errors="backslashreplace").decode().replace("\n", "\\n")
+    """Like `drawable`, on one line."""
+    return drawable(text).replace("\n", "\\n")
 
 
 def flush_output():

@@ -3,16 +3,16 @@ transforms, masks and codes."""
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 import Data
-import LinearProbe
 import Utils
 from Augmentation import normalize
 from internals import plots
-from internals.encoders import NotFiniteError
+from internals.encoders import NotFiniteError, check_finite, effective_rank
 from internals.processes import StopSignal
 from internals.runs import Run
 from Models import completions, in_precision
@@ -51,7 +51,7 @@ def evaluate(model, images, mask_noise, seeds, *, codes_per_image, codes_per_pas
     the loss without code, and the standard deviation of completions over codes, averaged over the
     masked values. codes_per_image=0: all three losses are the loss without code."""
     prefix = model.prefix(images, mask_noise, mask_ratio)
-    plain = model.suffix(prefix, None).float()  # (N, M, P*P*3)
+    plain = model.suffix(prefix, None).float()  # (N, M, P*P*C)
     plain_loss = image_losses(model, plain, images, prefix.mask)
     if not codes_per_image:
         losses = dict.fromkeys(METRICS[:3], plain_loss)
@@ -60,7 +60,7 @@ def evaluate(model, images, mask_noise, seeds, *, codes_per_image, codes_per_pas
     first_moment, second_moment = torch.zeros_like(plain), torch.zeros_like(plain)
     numbers = torch.arange(codes_per_image, device=images.device).expand(len(images), -1)
     for codes in code_passes(model, prefix, seeds, numbers, codes_per_pass):
-        pred = model.suffix(prefix, codes)  # (N, k, M, P*P*3)
+        pred = model.suffix(prefix, codes)  # (N, k, M, P*P*C)
         losses = image_losses(model, pred, images, prefix.mask)
         total += losses.sum(1)
         best = torch.minimum(best, torch.where(losses.isfinite(), losses, math.inf).min(1).values)
@@ -86,12 +86,14 @@ class Validation:
     stop: StopSignal
     loss_examples: Examples
     picture_examples: dict  # name of a grid -> Examples
-    probe: LinearProbe.FastProbe | None
+    probes: dict  # name of a data set, "" of the run's own -> LinearProbe.FastProbe
+    features: Callable  # model -> features (n, 1, C) for RankMe, where the probe "" is missing
     steps_per_eval: int  # gradient steps between validations; 0: never
     images_per_pass: int
     codes_per_image: int
     codes_per_pass: int
     codes_per_picture: int
+    bands: Sequence  # channels that are drawn; see Augmentation.to_pictures
     mask_ratio: float
     dtype: torch.dtype
     baseline: bool  # also validates the starting point without codes
@@ -125,16 +127,26 @@ class Validation:
         # To add a metric, add a number to `values`: it is logged, drawn and listed. The first
         # process logs its own number.
         values = self.losses(model, with_codes)
-        if self.probe is not None:
-            try:
-                accuracy = self.probe(model)
-                values["fast_linear_probe/acc_te"] = accuracy["top1"]
-                values["fast_linear_probe/knn_te"] = accuracy["knn"]
-            except NotFiniteError as error:
-                say(f"warning: no probe after {step} gradient steps: {error}")
+        try:
+            values |= self.encoder_metrics(model)
+        except NotFiniteError as error:
+            say(f"warning: no probe after {step} gradient steps: {error}")
         for name, some_examples in self.picture_examples.items():
             values[f"images/{name}"] = self.picture(model, name, some_examples, step, with_codes)
         return values
+
+    def encoder_metrics(self, model):
+        """The accuracies of the probes, and RankMe; see `probes` and `features`."""
+        results = {name: probe(model) for name, probe in self.probes.items()}
+        values = {}
+        for name, result in results.items():
+            group = f"fast_linear_probe/{name}".removesuffix("/")
+            values |= {f"{group}/acc_te": result["top1"], f"{group}/knn_te": result["knn"]}
+        if "" in results:
+            return values | {"pretrain/rankme": results[""]["rankme"]}
+        features = self.features(model)[:, 0]
+        check_finite(features, "validation")
+        return values | {"pretrain/rankme": effective_rank(features)}
 
     def losses(self, model, with_codes):
         """The means of METRICS. Each image is evaluated by one process."""
@@ -170,7 +182,9 @@ class Validation:
             with plots.at_most_a_warning(f"a part of the picture {name}"):  # short of memory?
                 images, mask_noise, seeds = prepare(model, images, chosen.seeds[rows])
                 codes = model.sample_codes(seeds, k) if k else None
-                cells[rows] = completions(model, images, mask_noise, codes, self.mask_ratio)
+                cells[rows] = completions(
+                    model, images, mask_noise, codes, self.mask_ratio, self.bands
+                )
         sum_over_processes(cells)
         headers = ["image", "masked", *([f"code {i + 1}" for i in range(k)] or ["completion"])]
         text = caption(name, step, model.config.norm_pix_loss)
@@ -179,11 +193,12 @@ class Validation:
 
 
 def prepare(model, images, seeds):
-    """Moves a chunk to the model's device: uint8 images (N,3,H,W), seeds (N,) -> normalised images,
-    mask noise (N,L), seeds."""
-    device = model.pos_embed.device
+    """Moves a chunk to the model's device: uint8 or uint16 images (N,C,H,W), seeds (N,) ->
+    normalised images, mask noise (N,L), seeds."""
+    device, config = model.pos_embed.device, model.config
     mask_noise = random_uniform(mix_seeds(seeds, Stream.MASK), model.pos_embed.shape[1] - 1)
-    return normalize(images.to(device, non_blocking=True)), mask_noise.to(device), seeds.to(device)
+    images = normalize(images.to(device, non_blocking=True), config.mean, config.std)
+    return images, mask_noise.to(device), seeds.to(device)
 
 
 def caption(name, step, norm_pix_loss):
@@ -198,7 +213,9 @@ def summary(step, values):
     text = f"step {step}: validation loss {values['pretrain/loss_te']:.4f} mean over codes, "
     text += f"{values['pretrain/loss_te_best']:.4f} best, "
     text += f"{values['pretrain/loss_te_no_z']:.4f} without code"
-    if "fast_linear_probe/acc_te" in values:
-        text += f"; probe {values['fast_linear_probe/acc_te']:.3f}"
-        text += f", k-NN {values['fast_linear_probe/knn_te']:.3f}"
+    for key in values:
+        if (group := key.removesuffix("/acc_te")) != key:
+            name = group.partition("/")[2]
+            text += f"; {name + ': ' if name else ''}probe {values[key]:.3f}"
+            text += f", k-NN {values[f'{group}/knn_te']:.3f}"
     return f"{text} ({Utils.duration(values['time/validation_seconds'])})"

@@ -13,26 +13,76 @@ from Utils import InputError
 NOTE = "note of IMLE-SSL"  # key of an image's `info`: how its numbers became pixels
 
 
-def open_image(data, upright=False):
-    """Encoded image -> Pillow's RGB, as torchvision's ImageFolder loads it: orientation tags and
-    transparency are ignored. Grey images of more than 8 bits: see `eight_bits`. upright: the image
-    is turned as its orientation tag says and put on a white background, for people to look at."""
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # number of channels -> Pillow's mode
+NUMPY, TIFFS = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how files begin
+
+
+def open_image(data, channels=3, upright=False):
+    """Encoded image -> Pillow's RGB (or grey or RGBA, for 1 or 4 channels), as torchvision's
+    ImageFolder loads it: orientation tags and transparency are ignored. upright: the image is
+    turned as its orientation tag says and put on a white background, for people to look at.
+
+    Arrays (.npy), TIFFs that Pillow can't read, and grey images of 16 bits for 1 channel become
+    tensors uint8 or uint16 (C, H, W). Other grey images of more than 8 bits: see `eight_bits`."""
+    if data.startswith(NUMPY):
+        return from_array(np.load(io.BytesIO(data), allow_pickle=False), channels)
+    is_tiff = data.startswith(TIFFS)
+    if is_tiff and channels not in MODES:
+        return from_array(read_tiff(data, channels), channels)
     try:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
+        if is_tiff:
+            return from_array(read_tiff(data, channels), channels)
         found = f"it begins with {data[:16]}" if data else "it is empty"
         raise ValueError(f"cannot identify the format of the image file: {found}") from None
     except Image.DecompressionBombError as error:
         found = str(error).split(",")[0]  # both numbers of pixels: found and allowed
         raise ValueError(f"{found}: make the picture smaller or leave it out") from None
+    if channels not in MODES:
+        raise ValueError(
+            f"it has {len(image.getbands())} channels, expected are {channels} (--channels), which "
+            ".npy files and TIFFs of several bands can have"
+        )
     if upright:
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):
-        return eight_bits(image)
-    if upright and image.has_transparency_data:
+        return eight_bits(image, channels)
+    if upright and channels < 4 and image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    if channels == 4 and len(image.getbands()) == 4:  # such as CMYK: four channels as they are
+        return image
+    return image.convert(MODES[channels])
+
+
+def from_array(array, channels):
+    """An array (H, W), (H, W, C) or (C, H, W) as a tensor (C, H, W); a ValueError unless it has so
+    many channels, and uint8 or uint16."""
+    if array.dtype not in (np.uint8, np.dtype("<u2"), np.dtype(">u2")):
+        raise ValueError(f"it holds numbers of type {array.dtype}; allowed are uint8 and uint16")
+    if array.ndim == 2:
+        array = array[None]
+    elif array.ndim == 3 and array.shape[2] == channels:
+        array = array.transpose(2, 0, 1)
+    if array.ndim != 3 or array.shape[0] != channels or 0 in array.shape:
+        shape = " x ".join(map(str, array.shape))
+        raise ValueError(f"its shape is {shape}, expected are {channels} channels (--channels)")
+    return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
+
+
+def read_tiff(data, channels):
+    """The array in a TIFF file, by tifffile, which is optional. A ValueError for one of more pixels
+    than Pillow allows."""
+    try:
+        import tifffile
+    except ImportError:
+        raise ValueError("this kind of TIFF needs tifffile: pip install tifffile") from None
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
+        if (n_pixels := file.series[0].size // channels) > most:
+            raise ValueError(f"it has {n_pixels} pixels, more than {most}: make it smaller")
+        return file.asarray()
 
 
 def reason_of(error):
@@ -45,9 +95,10 @@ def reason_of(error):
 BITS, SAMPLE_FORMAT, PHOTOMETRIC = 258, 339, 262  # tags of TIFF files
 
 
-def eight_bits(image):
-    """A grey image of 16 bits, 32-bit integers or floats -> RGB, whose info[NOTE] says how. What
-    becomes 0 to 255: for 16 bits the type's whole range, for others the image's own range."""
+def eight_bits(image, channels=3):
+    """A grey image of 16 bits, 32-bit integers or floats -> 8 bits, with a note in info[NOTE]. What
+    becomes 0 to 255: for 16 bits the type's whole range, for others the image's own range. For 1
+    channel, an image of 16 bits keeps them: uint16 (1, H, W)."""
     tags, numbers = getattr(image, "tag_v2", {}), np.asarray(image)
     if image.mode == "F":
         kind, limits = "floats", None
@@ -59,36 +110,39 @@ def eight_bits(image):
         kind, limits = "32-bit integers", None
         if tags.get(SAMPLE_FORMAT) == (1,):  # without a sign; Pillow takes the sign for granted
             numbers = numbers.view(np.uint32)
+    white_is_zero = tags.get(PHOTOMETRIC) == 0  # for 8 bits, Pillow does this
+    if limits and channels == 1:
+        numbers = (numbers.astype(np.int32) - limits[0]).clip(0, 65535).astype(np.uint16)
+        return torch.from_numpy(65535 - numbers if white_is_zero else numbers)[None]
     numbers = numbers.astype(np.float32 if limits else np.float64)
     low, high = found = numbers.min(), numbers.max()
     if not np.isfinite(found).all():
         raise ValueError("it holds numbers that are not finite")
     low, high = limits or found
     grey = ((numbers - low) * (255 / ((high - low) or 1))).round().astype(np.uint8)
-    if tags.get(PHOTOMETRIC) == 0:  # white is zero; for 8 bits, Pillow does this
-        grey = 255 - grey
-    rgb = Image.fromarray(grey).convert("RGB")
+    image = Image.fromarray(255 - grey if white_is_zero else grey).convert(MODES[channels])
     scale = f"{low:,g} to {high:,g} becomes" if limits else "each image's own range becomes"
-    rgb.info[NOTE] = (
+    image.info[NOTE] = (
         f"grey values are {kind}, here from {found[0]:,g} to {found[1]:,g}; in images of this "
         f"kind {scale} 0 to 255"
     )
-    return rgb
+    return image
 
 
-def decode_by_torchcodec(data):
-    """Encoded image -> uint8 (3, H, W) with the same pixels as Pillow's. Pillow decodes everything
-    but intact JPEGs in grey or RGB of a size that Pillow takes without a warning."""
+def decode_by_torchcodec(data, channels=3):
+    """Encoded image -> uint8 (C, H, W) with the same pixels as Pillow's. Pillow decodes everything
+    but intact JPEGs in grey or RGB, for 1 or 3 channels, of a size that Pillow takes without a
+    warning."""
     from torchcodec.decoders import decode_jpeg  # optional; see `check_decoder`
 
-    if data.startswith(b"\xff\xd8\xff"):
+    if channels in (1, 3) and data.startswith(b"\xff\xd8\xff"):
         jpeg, n_pixels = without_orientation(data)
         if n_pixels <= (Image.MAX_IMAGE_PIXELS or math.inf):
             with contextlib.suppress(RuntimeError):  # Pillow decodes some damaged images
                 image = decode_jpeg(torch.frombuffer(jpeg, dtype=torch.uint8), mode="UNCHANGED")
-                if len(image) in (1, 3):  # grey or RGB
-                    return image.expand(3, -1, -1)
-    return open_image(data)
+                if len(image) in {1, channels}:  # grey, or RGB for 3 channels
+                    return image.expand(channels, -1, -1)
+    return open_image(data, channels)
 
 
 def without_orientation(data):

@@ -66,6 +66,9 @@ class EncoderSizes(NamedTuple):
     image_size: tuple[int, int]
     dim: int
     depth: int
+    channels: int = 3
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
 
 
 class ForeignEncoder(nn.Module):
@@ -75,7 +78,7 @@ class ForeignEncoder(nn.Module):
     code_dim = 0
 
     def __init__(self, network, image_size, mean, std, dtype, features=None):
-        """features: images (N,3,H,W), normalised by mean and std -> class token and patches (N,
+        """features: images (N,C,H,W), normalised by mean and std -> class token and patches (N,
         1+L, C), or one vector (N, C); by default the network itself."""
         super().__init__()
         self.network, self.features = network, features or network
@@ -88,7 +91,7 @@ class ForeignEncoder(nn.Module):
         self.config = EncoderSizes(tuple(image_size), example.shape[-1], depth)
 
     def encode(self, images, codes=None):
-        """images (N,3,H,W), normalised by our mean and std -> tokens (N, 1+L, C). A vector is given
+        """images (N,C,H,W), normalised by our mean and std -> tokens (N, 1+L, C). A vector is given
         twice, as class token and as the only patch."""
         if (self.mean, self.std) != (MEAN, STD):
             all_values = (self.mean, self.std, MEAN, STD)
@@ -192,10 +195,10 @@ def load_without_classifier(network, path, classifiers):
 
 @torch.no_grad()
 def image_features(model, images, seeds, parts, n_codes):
-    """uint8 images (n,3,H,W) on the model's device, seeds (n,) of their codes -> float32 (n,
-    len(parts), C). Part "cls": the class token; "mean": the mean of the patch tokens. The tokens
-    are means over n_codes codes; 0: without codes."""
-    images = normalize(images)
+    """images (n,C,H,W), uint8 or uint16, on the model's device, seeds (n,) of their codes ->
+    float32 (n, len(parts), C). Part "cls": the class token; "mean": the mean of the patch tokens.
+    The tokens are means over n_codes codes; 0: without codes."""
+    images = normalize(images, model.config.mean, model.config.std)
     if n_codes and model.code_dim:
         total, codes = 0, model.sample_codes(seeds.to(images.device), n_codes)  # (n, k, D)
         for few_codes in codes.split(8, dim=1):
@@ -229,6 +232,14 @@ def check_finite(features, title):
     if not features.var(0, correction=0).isfinite().all():
         reason = f"the features of {title} images are not finite numbers, or too large to compare"
         raise NotFiniteError(f"{reason}; try --sample_dtype float32, or is the model damaged?")
+
+
+def effective_rank(features, epsilon=1e-7):
+    """RankMe (Garrido et al. 2023, equation 1) of features (n, C): exp of the entropy of their
+    singular values as shares of the sum, from 1 to min(n, C). It needs no labels."""
+    shares = torch.linalg.svdvals(features.double())
+    shares = shares / shares.sum().clamp(min=1e-300) + epsilon
+    return torch.special.entr(shares).sum().exp().item()
 
 
 def nearest_neighbors(features, labels, features_test, labels_test, k=20, temperature=0.07):

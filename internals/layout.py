@@ -10,6 +10,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
 from Utils import InputError, printable
 
+UNLABELLED = "."  # the class of all images of a data set without class folders
+
 # Folders that systems make among a user's. Names that begin with a dot are left out, too: macOS
 # puts ._x.jpg beside x.jpg, Jupyter puts copies into .ipynb_checkpoints.
 SYSTEM_FOLDERS = frozenset(
@@ -27,6 +29,11 @@ def hidden(name):
     return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
+def is_array(name):
+    """Whether a file of this name holds an image as an array."""
+    return name.lower().endswith(".npy")
+
+
 def is_split(name):
     """Whether a folder of this name is a part of a data set rather than a class: val, test2017."""
     splits = ("train", "training", "val", "valid", "validation", "test", "testing")
@@ -35,12 +42,15 @@ def is_split(name):
 
 def find_layout(path, files, folders, root=None):
     """Groups of images (class, folder below the root, folder, names) in ImageFolder's order, and
-    the numbers and kinds of all other files, as text. An InputError where classes and images do not
-    lie as they should.
+    the numbers and kinds of all other files, as text. Images without any class folder are one group
+    of the class UNLABELLED. An InputError where classes and images do not lie as they should.
 
     files: {folder: file names}; folders: other folders. A folder is its path, "" is the top. root:
     where the class folders lie, as a list; None: in the longest folder that all images share."""
     images, left_out, others = sort_out(files, root)
+    arrays = {} if images else sort_out(files, root, is_array)
+    if arrays and arrays[0]:  # only where there are no other images, beside which .npy is none
+        images, left_out, others = arrays
     is_archive, stray = root is None, []
     root = common_folder(images) if is_archive else root
     if "/".join(root) in images:
@@ -51,31 +61,36 @@ def find_layout(path, files, folders, root=None):
     below = {folder: parts(folder)[len(root) :] for folder in images}
     groups = [(names[0], "/".join(names), f, sorted(images[f])) for f, names in below.items()]
     groups.sort()
-    if stray and groups and not is_archive:  # as in ImageFolder
+    if reason := foreign_layout(path, groups, stray, others):
+        raise InputError(printable(f"{path} {reason}"))
+    if stray and not groups:  # without class folders
+        return [(UNLABELLED, UNLABELLED, "/".join(root), sorted(stray))], text_of(left_out)
+    if stray and not is_archive:  # as in ImageFolder
         left_out.append(f"{len(stray):,} outside of class folders")
         stray = []
-    left_out = printable(", ".join(left_out))
+    left_out = text_of(left_out)
     classes = {name for name, *_ in groups}
     class_folders = {name for *above, name in map(parts, folders) if above == root}
     empty = sorted(name for name in class_folders - classes if not hidden(name))
-    if reason := foreign_layout(path, groups, stray, others):
-        raise InputError(printable(f"{path} {reason}"))
     if reason := missing(groups, stray, empty, root):
         other_files = f"; other files: {left_out}" if left_out else ""
         raise InputError(printable(f"{path} {reason}") + other_files)
     return groups, left_out
 
 
+def text_of(left_out):
+    """The numbers and kinds of the files that are left out, as one line."""
+    return printable(", ".join(left_out))
+
+
 def missing(groups, stray, empty, root):
     """Which class folders or images are missing, as text; None if all are there. stray: images
     outside of class folders; empty: class folders without images."""
-    expected = f"expected CLASS/IMAGE ({', '.join(IMG_EXTENSIONS)})"
+    expected = f"expected CLASS/IMAGE ({', '.join(IMG_EXTENSIONS)}; or .npy alone)"
     if stray:
         return (
             f"holds images outside of class folders: {expected}, found "
-            f"{'/'.join([*root, stray[0]])}; sort the images into a folder for each class; for "
-            "ImageNet's validation images, valprep.sh of github.com/soumith/imagenetloader.torch "
-            "or torchvision.datasets.ImageNet does this"
+            f"{'/'.join([*root, stray[0]])}; move these images into a class folder, or out"
         )
     if not groups:
         where = "in its class folders" if empty else "and no class folders"
@@ -96,12 +111,12 @@ def common_folder(folders):
     return list(os.path.commonprefix(list(map(parts, folders))))
 
 
-def sort_out(files, root):
+def sort_out(files, root, is_image=is_image_file):
     """Returns {folder: image names}; the numbers of all other files as a list of texts; and by
     their endings as a Counter. Below the root, hidden files and those in hidden folders are no
     images."""
     if root is None:
-        root = common_folder(f for f, names in files.items() if any(map(is_image_file, names)))
+        root = common_folder(f for f, names in files.items() if any(map(is_image, names)))
     images, others, hidden_files, example = {}, Counter(), 0, None
     for folder, names in files.items():
         below = parts(folder)
@@ -111,7 +126,7 @@ def sort_out(files, root):
             if in_hidden or hidden(name):
                 hidden_files += 1
                 example = example or "/".join([*below, name])
-            elif is_image_file(name):
+            elif is_image(name):
                 found.append(name)
             else:
                 others[os.path.splitext(name)[1].lower()[:12] or "without ending"] += 1

@@ -15,6 +15,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **options)
+        self.source = ""  # where the words come from, for messages; "": from the command line
 
     def group(self, title, changeable=False):
         """A function that declares flags, as add_argument does, under a title of --help. Its
@@ -28,17 +29,22 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv=None, namespace=None):
         argv = sys.argv[1:] if argv is None else argv
-        flags = self._option_string_actions
         # Before the parser's own checks: a missing flag may be a misspelt one.
-        for word in (word.split("=")[0] for word in argv if word.startswith("--")):
-            if word not in flags:
-                near = difflib.get_close_matches(word, flags, n=1)
-                hint = f"; did you mean {near[0]}?" if near else "; see --help"
-                self.error(f"unknown argument {word}{hint}")
+        self.check_names(word.split("=")[0] for word in argv if word.startswith("--"))
         args, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             self.error(f"unknown argument {unknown[0]}; each value must follow its flag")
         return args
+
+    def check_names(self, names):
+        """Ends the program at a name, such as --lr, that is none of a flag; suggests the nearest
+        flag."""
+        flags = self._option_string_actions
+        for name in names:
+            if name not in flags:
+                near = difflib.get_close_matches(name, flags, n=1)
+                hint = f"; did you mean {near[0]}?" if near else "; see --help"
+                self.error(f"unknown argument {name}{hint}")
 
     @contextlib.contextmanager
     def errors(self):
@@ -49,7 +55,8 @@ class Parser(argparse.ArgumentParser):
             self.error(str(error))
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
+        source = f"{self.source}: " if self.source else ""
+        self.exit(2, f"{self.prog}: error: {source}{message.removeprefix('argument ')}\n")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from Utils import InputError, first_line, say, write_atomically
+from Utils import InputError, drawable, first_line, say, write_atomically
 
 NORMALIZED = (  # in the captions of grids
     " Predicted patches are normalised: shown with the true patches' means and deviations."
@@ -25,11 +25,6 @@ def at_most_a_warning(picture):
         yield
     except Exception as error:  # libraries, disks and devices raise errors of many kinds
         say(f"warning: {picture} was not drawn ({first_line(error)})")
-
-
-def drawable(text):
-    """The text with escapes for bytes that are no UTF-8, which names of files may hold."""
-    return str(text).encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def picture_grid(cells, headers, caption, cell_height=96):
@@ -70,11 +65,13 @@ CURVES = {  # panel -> {metric: label}. A metric that is in no panel gets a pane
         "fast_linear_probe/acc_te": "linear probe",
         "fast_linear_probe/knn_te": "nearest neighbours",
     },
+    "effective rank of features": {"pretrain/rankme": "RankMe"},
     "spread over codes": {"pretrain/code_spread": "standard deviation"},
     "learning rates": {"pretrain/lr_mae": "MAE", "pretrain/lr_z": "injections"},
     "norm of the gradient": {"pretrain/grad_norm": "mean over steps"},
     "gain by codes, training": {"sampling/delta_wrt_no_z": "best of codes minus without code"},
 }
+PROBE = re.compile("fast_linear_probe/(.+)/(acc_te|knn_te)")  # on a set of --probe_data
 # Metrics that are neither drawn nor listed: positions, times, and values that are logged once.
 HIDDEN = re.compile(
     "epoch|pretrain/step|time/.*|.*_baseline|pretrain/skipped_steps|sampling/codes_per_sec"
@@ -86,6 +83,19 @@ def other_metrics(records):
     drawn = {key for keys in CURVES.values() for key in keys}
     numeric = {k: None for r in records for k, v in r.items() if isinstance(v, int | float)}
     return [key for key in numeric if key not in drawn and not HIDDEN.fullmatch(key)]
+
+
+def panels_of(records):
+    """CURVES, and panels for the other metrics: one for each data set that is probed, one for each
+    further metric."""
+    panels = {name: dict(keys) for name, keys in CURVES.items()}
+    for key in other_metrics(records):
+        name, label = key, key
+        if match := PROBE.fullmatch(key):
+            name = f"validation accuracy, {match[1]}"
+            label = CURVES["validation accuracy"][f"fast_linear_probe/{match[2]}"]
+        panels.setdefault(name, {})[key] = label
+    return panels
 
 
 @contextlib.contextmanager
@@ -122,7 +132,7 @@ def draw_curves(runs, path, title=""):
     panel for each entry of CURVES that has values. Several runs: one colour per run."""
     runs = {drawable(name): records for name, records in runs.items()}
     records = [record for some in runs.values() for record in some]
-    panels = CURVES | {key: {key: key} for key in other_metrics(records)}
+    panels = panels_of(records)
     recorded = {key for record in records for key, value in record.items() if value is not None}
     panels = {name: keys for name, keys in panels.items() if recorded & keys.keys()}
     panels = panels or {"nothing recorded yet": {}}

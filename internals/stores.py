@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
 from internals.decoding import IMAGE_DECODERS, reason_of
-from internals.layout import SYSTEM_FOLDERS, find_layout, identify, list_folder
+from internals.layout import SYSTEM_FOLDERS, UNLABELLED, find_layout, identify, list_folder
 from internals.tar import SPARSE, find_images, read_file
 from Utils import InputError, printable, write_atomically
 
@@ -31,8 +31,9 @@ class Images(Dataset):
 
     Each data format is a subclass with three methods: find, read and size."""
 
-    def __init__(self, path, *, transform=None, image_decoder="pillow", skip_bad=False):
+    def __init__(self, path, *, transform=None, image_decoder="pillow", skip_bad=False, channels=3):
         self.path, self.transform, self.skip_bad = str(path), transform, skip_bad
+        self.channels = channels  # of the images that `load` gives
         self.decode = IMAGE_DECODERS[image_decoder]
         self.replaced, self.noted = set(), False  # what ImageLoaders have reported, see there
         self.index = self.find()
@@ -105,14 +106,15 @@ class Images(Dataset):
 
     def name(self, index):
         """Where an image is, for messages: one line."""
-        return printable(f"{self.path}/{self.entry(range(len(self))[index])}")
+        entry = self.entry(range(len(self))[index])
+        return printable(f"{self.path}/{entry.removeprefix(f'{UNLABELLED}/')}")
 
     def load(self, index):
-        """An image as Pillow's RGB, or as uint8 (3, H, W) from torchcodec. An ImageError that names
-        the image where it is damaged."""
+        """An image of self.channels channels as Pillow's, or as a tensor (C, H, W), see open_image.
+        An ImageError that names the image where it is damaged."""
         index = range(len(self))[index]
         try:
-            return self.decode(self.read(index))
+            return self.decode(self.read(index), self.channels)
         except Exception as error:  # decoders raise anything for damaged bytes
             name = self.name(index)
             raise ImageError(f"cannot read the image {name}: {reason_of(error)}") from None
@@ -232,8 +234,8 @@ class FolderImages(Images):
             raise InputError(printable(f"{self.path}/{link} {target}: mend or delete it"))
         groups, left_out = find_layout(self.path, files, folders, root=[])
         groups = (
-            (name, [os.fsencode(f"{folder}/{n}") for n in names], np.empty((len(names), 0), int))
-            for name, _, folder, names in groups
+            (name, [os.fsencode(f"{below}/{n}") for n in names], np.empty((len(names), 0), int))
+            for name, below, _, names in groups
         )
         return Index.make(groups, left_out=left_out)
 

@@ -1,6 +1,7 @@
 """Weights from everywhere: fetched, read without ever running code in them, converted to the layout
 of facebookresearch/mae, and made into a model."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,7 +20,9 @@ from huggingface_hub.utils import logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
+from timm.models import adapt_input_conv
 
+from Augmentation import MEAN, STD
 from internals.checkpoints import newest_checkpoint, read_checkpoint, refuse_unknown
 from internals.unwrap import named_tensors, split_key, unwrap
 from Models import PRESETS, ModelConfig, build, sincos_position_embedding
@@ -48,31 +51,50 @@ SIZES = (  # the fields of ModelConfig that must be equal in weights and model
 )
 
 
-def load_model(source, **overrides):
+def load_model(source, *, measure=None, **overrides):
     """An ImplicitMAE with weights from a path, https://..., hf-hub:OWNER/NAME or gdrive:ID; #NAME
     behind it names one of several networks in a file.
 
     `overrides` replace fields of the weights' ModelConfig; an InputError if the weights do not fit
-    them. A missing decoder and missing injections get fresh weights, with a warning."""
+    them. A missing decoder and missing injections get fresh weights, with a warning. Weights of
+    RGB images are adapted to other channels, with a note. measure() gives {"mean", "std"} of the
+    channels where neither overrides nor weights do."""
     source, key = split_key(source)
     path = fetch(source)
-    try:
+    with refusing(source, path):
         state, config_fields = read_state(path, key)
         weights_config = infer_config(state, config_fields, overrides)
+        overrides = overrides | channel_fields(state, config_fields, overrides)
+    if "mean" not in overrides and measure is not None:
+        overrides |= measure()
+    with refusing(source, path):
+        if "mean" not in overrides:
+            n = overrides["channels"]
+            raise InputError(f"it has no mean and std of {n} channels: give mean=... and std=...")
         config = dataclasses.replace(weights_config, **overrides)
+        state, adapted = adapt_channels(state, config.channels)
         model = build(config)
         fresh_parts = load_weights(model, state, weights_config.grid)
-    except InputError as error:
-        prefix = "" if str(path) in str(error) else f"{source}: "
-        raise InputError(f"{prefix}{error}".replace("\n", " ")) from None
-    except Exception as error:  # a file that holds no model can raise any error
-        raise InputError(f"{source} does not hold a model ({type(error).__name__})") from None
+    if adapted:
+        say(f"note: {source} is adapted to --channels {config.channels}: {adapted}")
     for part in fresh_parts:
         say(f"warning: the {part} starts fresh: {source} has none that fits")
     if weights_config.norm_pix_loss != config.norm_pix_loss and "norm_pix_loss" in config_fields:
         trained_with = int(weights_config.norm_pix_loss)
         say(f"note: {source} was trained with --norm_pix_loss {trained_with}")
     return model
+
+
+@contextlib.contextmanager
+def refusing(source, path):
+    """Inside `with`, errors become an InputError of one line that names the source of weights."""
+    try:
+        yield
+    except InputError as error:
+        prefix = "" if str(path) in str(error) else f"{source}: "
+        raise InputError(f"{prefix}{error}".replace("\n", " ")) from None
+    except Exception as error:  # a file that holds no model can raise any error
+        raise InputError(f"{source} does not hold a model ({type(error).__name__})") from None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -332,7 +354,7 @@ def infer_config(state, config_fields, overrides):
             raise InputError(
                 f"damaged: its {name} is {size}, but {config_fields[name]} in its config"
             )
-    fields = sizes | config_fields
+    fields = {k: v for k, v in (sizes | config_fields).items() if k not in CHANNEL_FIELDS}
     if has_decoder(state):
         crosses = any(name.endswith(".kv.weight") for name in state)
         fields.setdefault("decoder", "cross" if crosses else "self")
@@ -352,6 +374,47 @@ def infer_config(state, config_fields, overrides):
     return ModelConfig(**fields)
 
 
+CHANNEL_FIELDS = ("channels", "mean", "std")  # of ModelConfig
+
+
+def channel_fields(state, config_fields, overrides):
+    """The fields of ModelConfig about channels: `overrides`, else those of the weights, if they
+    have as many channels, else ImageNet's for 3 channels; else mean and std are missing."""
+    of_weights = state["patch_embed.proj.weight"].shape[1]
+    if (stated := config_fields.get("channels", of_weights)) != of_weights:
+        raise InputError(f"damaged: its channels are {of_weights}, but {stated} in its config")
+    fields = {"channels": overrides.get("channels", of_weights)}
+    if "mean" in overrides:
+        return fields
+    if fields["channels"] == of_weights and "mean" in config_fields:
+        return fields | {name: tuple(config_fields[name]) for name in ("mean", "std")}
+    return fields | ({"mean": MEAN, "std": STD} if fields["channels"] == 3 else {})
+
+
+def adapt_channels(state, channels):
+    """The state dict with its patch embedding adapted from 3 to other channels as timm does; the
+    prediction head becomes the mean over colours for 1 channel, else it is left out. Also what was
+    done, as text."""
+    embedding, head = "patch_embed.proj.weight", ("decoder_pred.weight", "decoder_pred.bias")
+    of_weights, state = state[embedding].shape[1], dict(state)
+    if of_weights == channels:
+        return state, ""
+    if of_weights != 3:
+        raise InputError(
+            f"its images have {of_weights} channels: give --channels {of_weights}; only weights of "
+            "RGB images fit other channels"
+        )
+    state[embedding] = adapt_input_conv(channels, state[embedding].float())
+    text = "the patch embedding as by timm"  # whose rule is for float32: files may hold float16
+    if channels == 1:
+        text += ", the prediction head by the mean over colours"
+    for name in (name for name in head if name in state):
+        tensor = state.pop(name).float()  # (P*P*3, ...)
+        if channels == 1:
+            state[name] = tensor.unflatten(0, (-1, 3)).mean(1)
+    return state, text
+
+
 def tensor_sizes(state):
     """The fields of ModelConfig that the shapes in a state dict give."""
     dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
@@ -365,6 +428,11 @@ def tensor_sizes(state):
 def has_decoder(state):
     """Whether a state dict has any tensor of a decoder."""
     return any(name.startswith(("decoder_embed.", "decoder_blocks.")) for name in state)
+
+
+def is_headless(state):
+    """Whether a state dict has a decoder without its prediction head."""
+    return has_decoder(state) and not any(name.startswith("decoder_pred.") for name in state)
 
 
 def count_blocks(state, name):
@@ -425,6 +493,7 @@ def load_weights(model, state, grid):
     keep_fresh = {
         "injections": ("injections.",) if shapes(state) != shapes(fresh_state) else (),
         "decoder": () if has_decoder(state) else ("decoder_", "mask_token"),
+        "prediction head": ("decoder_pred.",) if is_headless(state) else (),
     }
     for part, prefixes in keep_fresh.items():
         fresh = {n: x for n, x in fresh_state.items() if n.startswith(prefixes)}

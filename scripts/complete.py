@@ -8,14 +8,15 @@ from pathlib import Path
 import _path  # noqa: F401 (makes the modules importable)
 import torch
 from PIL import Image, ImageOps
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor
 
+from Augmentation import resized
 from internals.decoding import NOTE, open_image, reason_of
 from internals.parsing import SWITCH, Parser, real, whole
 from internals.plots import NORMALIZED, picture_grid
 from internals.processes import run_command
 from internals.weights import SOURCES, load_model
-from IO import check_mask_ratio, height_and_width
+from IO import check_bands, check_mask_ratio, height_and_width
 from Models import completions, in_precision
 from Samplers import code_passes
 from Utils import InputError, Stream, fastest_dtype, mix_seeds, say
@@ -50,6 +51,9 @@ def main(argv=None):
     add("--seed", type=whole(0, 2**31), default=0, metavar="N", help="Seed of masks and codes.")
     add("--input_size", type=whole(1), nargs="+", metavar="PIXELS", help="Side, or height and "
         "width, of the images that the network sees; default: the model's own size.")
+    add("--show_bands", type=whole(0), nargs="+", metavar="BAND", help="Channels, numbered from 0, "
+        "that are shown as red, green and blue, or the one that is shown as grey; default: the "
+        "first three, or the first of one or two.")
     add("--norm_pix_loss", **SWITCH, help="What the model predicts. 1: normalised patches; 0: "
         "pixels; default: as MODEL's file says, else 1.")
     # fmt: on
@@ -70,12 +74,12 @@ def draw(args):
         overrides["image_size"] = tuple(height_and_width(args.input_size))
     if args.norm_pix_loss is not None:
         overrides["norm_pix_loss"] = bool(args.norm_pix_loss)
-    pictures = [open_picture(path) for path in args.pictures]
+    model = load_model(args.model, **overrides).to(device).eval()
+    pictures = [open_picture(path, model.config.channels) for path in args.pictures]
     for path, picture in zip(args.pictures, pictures, strict=True):
-        if NOTE in picture.info:
+        if NOTE in getattr(picture, "info", ()):
             say(f"note: {path}: {picture.info[NOTE]}")
             break
-    model = load_model(args.model, **overrides).to(device).eval()
     n_patches, mask_ratio = math.prod(model.config.grid), args.mask_ratio
     if args.visible is None:
         check_mask_ratio(mask_ratio, n_patches)
@@ -88,22 +92,22 @@ def draw(args):
     if args.mosaic and not model.code_dim:
         raise InputError(f"--mosaic: {args.model} has no codes, so only one completion")
 
-    height, width = model.config.image_size
-    fitted = [ImageOps.fit(picture, (width, height), Image.BICUBIC) for picture in pictures]
-    images = torch.stack([pil_to_tensor(picture) for picture in fitted])  # uint8 (n, 3, H, W)
+    bands = args.show_bands or ()
+    check_bands(bands, model.config.channels)
+    images = [fitted(picture, model.config.image_size) for picture in pictures]
     number = torch.arange(len(images) * args.masks)
     seeds = mix_seeds(args.seed, Stream.EVALUATION, number // args.masks, number % args.masks)
     numbers = torch.tensor(args.code_numbers or range(args.codes))
     rows, mosaics = [], []
     model = in_precision(model, fastest_dtype(device))
     for i, seed in enumerate(seeds):
-        image, noise, seed = prepare(model, images[i // args.masks, None], seed[None])
+        image, noise, seed = prepare(model, images[i // args.masks][None], seed[None])
         noise = noise if args.visible is None else shown.to(device)
         codes = model.numbered_codes(seed, numbers[None].to(device)) if model.code_dim else None
-        rows.append(completions(model, image, noise, codes, mask_ratio))
+        rows.append(completions(model, image, noise, codes, mask_ratio, bands))
         if args.mosaic and i % args.masks == 0:
             chosen = most_different_codes(model, image, noise, seed, args.mosaic, mask_ratio)
-            mosaics.append(tiles(completions(model, image, noise, chosen, mask_ratio)))
+            mosaics.append(tiles(completions(model, image, noise, chosen, mask_ratio, bands)))
 
     names = [f"code {k + 1}" for k in numbers.tolist()] if model.code_dim else ["completion"]
     share = mask_ratio if args.visible is None else 1 - len(set(args.visible)) / n_patches
@@ -130,12 +134,23 @@ def mask_of(visible, n_patches):
     return noise, 1 - (len(shown) + 0.5) / n_patches  # the half guards against rounding down
 
 
-def open_picture(path):
-    """Reads a picture of any mode as RGB, turned as its EXIF data say, on a white background."""
+def open_picture(path, channels=3):
+    """Reads a picture of any mode with so many channels, turned as its EXIF data say, on a white
+    background: Pillow's, or a tensor (C, H, W)."""
     try:
-        return open_image(Path(path).expanduser().read_bytes(), upright=True)
+        return open_image(Path(path).expanduser().read_bytes(), channels, upright=True)
     except Exception as error:  # decoders raise anything for damaged bytes
         raise InputError(f"cannot read the picture {path}: {reason_of(error)}") from None
+
+
+def fitted(picture, size):
+    """The largest centre of a picture with the proportions of size (height, width), resized to it:
+    uint8 or uint16 (C, H, W)."""
+    height, width = size
+    if not isinstance(picture, torch.Tensor):
+        return pil_to_tensor(ImageOps.fit(picture, (width, height), Image.BICUBIC))
+    scale = min(picture.shape[1] / height, picture.shape[2] / width)
+    return resized(center_crop(picture, [round(height * scale), round(width * scale)]), size)
 
 
 def most_different_codes(model, image, noise, seed, n_codes, mask_ratio):

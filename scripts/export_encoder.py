@@ -5,6 +5,7 @@ import argparse
 import _path  # noqa: F401 (makes the modules importable)
 import safetensors.torch
 
+from Augmentation import MEAN, STD
 from internals.processes import run_command
 from internals.weights import SOURCES, load_model
 from Utils import InputError, write_atomically
@@ -37,13 +38,18 @@ def usage(config, out):
     c = config
     arguments = f"img_size={tuple(c.image_size)}, patch_size={c.patch_size}, embed_dim={c.dim}, "
     arguments += f"depth={c.depth}, num_heads={c.num_heads}, num_classes=0"
+    if c.channels != 3:
+        arguments += f", in_chans={c.channels}"
     if c.norm_eps != 1e-6:
         arguments += f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={c.norm_eps})"
+    norm = "ImageNet's mean and std"
+    if (tuple(c.mean), tuple(c.std)) != (MEAN, STD):
+        norm = f"mean {tuple(c.mean)} and std {tuple(c.std)}, of images / 255 or 65535"
     return "\n".join(
         [
             f"encoder = timm.models.VisionTransformer({arguments})",
             f"timm.models.load_checkpoint(encoder, {str(out)!r})",
-            "features = encoder.forward_features(images)  # normalised by ImageNet's mean and std",
+            f"features = encoder.forward_features(images)  # normalised by {norm}",
         ]
     )
 

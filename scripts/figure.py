@@ -8,11 +8,11 @@ from pathlib import Path
 import _path  # noqa: F401 (makes the modules importable)
 import numpy as np
 
-from internals.plots import drawable, saved_figure
+from internals.plots import saved_figure
 from internals.processes import run_command
 from internals.runs import read_config, read_metrics
 from IO import Parser
-from Utils import InputError, duration
+from Utils import InputError, drawable, duration
 
 PANELS = {  # title -> {key in metrics.jsonl: (style, label)}
     "linear probe, accuracy": {"fast_linear_probe/acc_te": ("-", "")},

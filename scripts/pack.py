@@ -15,6 +15,7 @@ from pathlib import Path
 import _path  # noqa: F401 (makes the modules importable)
 import lmdb
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from Data import contents, open_images
 from internals.decoding import NOTE
 from internals.processes import end_workers_at_exit, ignore_stop_signals, run_command
-from internals.stores import Index, LmdbImages, TarImages, lmdb_key
+from internals.stores import ImageError, Index, LmdbImages, TarImages, lmdb_key
 from Utils import InputError, printable, say, write_atomically
 
 BATCH = 64  # images that a worker sends at a time
@@ -104,6 +105,8 @@ class Encoded(Dataset):
         content, note = self.images.read(index), None
         if self.size is not None:
             image = self.images.load(index)
+            if isinstance(image, torch.Tensor):
+                raise ImageError(f"--size makes JPEGs, but {self.images.name(index)} is an array")
             if min(image.size) > self.size:
                 note = image.info.get(NOTE)
                 file = io.BytesIO()

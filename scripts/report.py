@@ -11,21 +11,20 @@ import os
 from pathlib import Path
 
 import _path  # noqa: F401 (makes the modules importable)
-from runs import COLUMNS, find_runs, row, short_names
+from runs import find_runs, flag_columns, metric_columns, short_names, shown
 
 from internals.decoding import open_image
 from internals.parsing import Parser
-from internals.plots import CURVES, drawable, other_metrics
+from internals.plots import panels_of
 from internals.processes import run_command
-from internals.runs import read_description, read_metrics
-from Utils import InputError, write_atomically
+from internals.runs import read_config, read_description, read_metrics
+from Utils import InputError, drawable, write_atomically
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 LARGEST_PAGE = 10_000_000  # bytes
 POINTS = 500  # of a curve, at most
 PICTURES = 48  # of a grid through a run's training, at most
 WIDTH, QUALITY = 1400, 75  # of pictures, in pixels at most, and of their WebP
-OWN_FLAGS = {"uid", "suffix", "notes", "save_folder"}  # flags that differ in any two runs
 
 
 def main(argv=None):
@@ -57,29 +56,25 @@ def report(folders, out):
 def describe(runs, records):
     """What the page shows of runs, as plain data, without their pictures."""
     configs = [read_description(run) for run in runs]
-    flags = [flags_of(config) for config in configs]
-    others = other_metrics([record for some in records for record in some])
-    columns = COLUMNS | {key: (key, "{:.4g}") for key in others}
-    panels = CURVES | {key: {key: key} for key in others}
+    columns, flags = metric_columns(runs, records), flag_columns(runs)
+    panels = panels_of([record for some in records for record in some])
     keys = [key for panel in panels.values() for key in panel]
-    names = sorted({name for some in flags for name in some} - OWN_FLAGS)
-    differing = [name for name in names if len({some.get(name) for some in flags}) > 1]
-    shown = [
+    names = short_names(runs)
+    described = [
         {
-            "name": drawable(name),
-            "cells": row(run, some, columns),
-            "differing": {flag: drawable(own.get(flag, "-")) for flag in differing},
-            "points": {key: points for key in keys if (points := curve(some, key))},
-            "notes": drawable(own.get("notes", "")),
+            "name": drawable(names[number]),
+            "cells": [shown(column, number) for column in columns],
+            "differing": {column.heading: drawable(shown(column, number)) for column in flags},
+            "points": {key: points for key in keys if (points := curve(records[number], key))},
+            "notes": drawable(read_config(run).get("notes", "")),
             "command": drawable(config.get("command", "")),
-            "config": drawable(json.dumps(config, indent=2)),
+            "config": json.dumps(config, indent=2),
         }
-        for run, name, some, config, own in zip(
-            runs, short_names(runs), records, configs, flags, strict=True
-        )
+        for number, (run, config) in enumerate(zip(runs, configs, strict=True))
     ]
-    columns = ["state", *columns, "time"]
-    return {"columns": columns, "differing": differing, "panels": panels, "runs": shown}
+    headings = [column.heading for column in columns]
+    differing = [column.heading for column in flags]
+    return {"columns": headings, "differing": differing, "panels": panels, "runs": described}
 
 
 def add_pictures(page, paths):
@@ -98,14 +93,6 @@ def add_pictures(page, paths):
         )
         about += f"shown at {count} steps of a run at most."
     return about + (f" {damaged} pictures can't be read." if damaged else "")
-
-
-def flags_of(config):
-    """A run's flags as text."""
-    flags = config.get("flags", {})
-    flags = flags if isinstance(flags, dict) else {}
-    texts = {k: " ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in flags.items()}
-    return {name: text for name, text in texts.items() if text}
 
 
 def curve(records, key):

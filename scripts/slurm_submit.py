@@ -15,7 +15,16 @@ from pathlib import Path
 import _path  # noqa: F401 (makes the modules importable)
 
 from internals.processes import run_command
-from IO import Parser, check_processes, real, resolve_flags, training_parser, whole
+from IO import (
+    Parser,
+    check_processes,
+    probe_paths,
+    real,
+    resolve_flags,
+    training_parser,
+    whole,
+    with_config,
+)
 from Utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +68,7 @@ def main(argv=None):
     parser = submit_parser()
     cut = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:cut])
-    training = argv[cut + 1 :]
+    training = with_config(argv[cut + 1 :])  # the job keeps the values that the file has now
     if not training:
         parser.error("the flags of TrainIMLE.py are missing; write them behind `--`")
     run_command(lambda: run(args, training))
@@ -110,7 +119,9 @@ def check_training(training, gpus_per_node, n_tasks):
 
 def data_paths(flags):
     """The data's absolute paths; TrainIMLE.py looks for the same paths below --staged."""
-    paths = [os.path.abspath(Path(path).expanduser()) for path in (flags.data_tr, flags.data_val)]
+    paths = [flags.data_tr, flags.data_val]
+    paths += [path for pair in probe_paths(flags.probe_data).values() for path in pair]
+    paths = [os.path.abspath(Path(path).expanduser()) for path in paths]
     for path in paths:
         if not os.path.exists(path):
             raise InputError(f"--stage: {path} does not exist")

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 import Data
 import Models
-from Augmentation import denormalize, normalize, transforms
-from internals.plots import drawable, picture_grid, saved_figure
+from Augmentation import denormalize, normalize, to_pictures, transforms
+from internals.plots import picture_grid, saved_figure
 from internals.processes import run_command
 from internals.runs import read_config
 from internals.weights import load_model
@@ -32,6 +32,7 @@ from Samplers import image_losses
 from Utils import (
     InputError,
     Stream,
+    drawable,
     fastest_dtype,
     mix_seeds,
     random_normal,
@@ -51,12 +52,13 @@ ROWS, COLUMNS = 8, 12  # at most, in the picture of classes: images, classes
 # The judge.
 
 
-def train_judge(images, labels, n_classes, seed, batch=64):
-    """Trains a small convolutional network to classify images uint8 (n, 3, H, W)."""
+def train_judge(images, labels, n_classes, seed, config, batch=64):
+    """Trains a small convolutional network to classify images (n, C, H, W), uint8 or uint16.
+    config: the ModelConfig by which they are normalised."""
     epochs = min(20, max(1, round(80_000 / len(images))))
     with seeded(seed):
         judge = nn.Sequential(
-            *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(config.channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveMaxPool2d(4)),
             *(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64 * 16, n_classes)),
@@ -67,26 +69,31 @@ def train_judge(images, labels, n_classes, seed, batch=64):
         order = (i for _ in range(epochs) for i in torch.randperm(len(images)).split(batch))
         for rows in watch(order, "judge", epochs * n_batches, unit="steps"):
             optimizer.zero_grad()
-            F.cross_entropy(judge(normalize(images[rows])), labels[rows]).backward()
+            x = normalize(images[rows], config.mean, config.std)
+            F.cross_entropy(judge(x), labels[rows]).backward()
             optimizer.step()
             schedule.step()
     return Models.in_precision(judge.eval(), fastest_dtype(images.device))
 
 
-def make_judge(images, device, options):
-    """A judge trained on the images of a data set. options: keywords of Validation.examples."""
+def make_judge(images, device, config, options):
+    """A judge trained on the images of a data set. config: see train_judge; options: keywords of
+    Validation.examples."""
     chosen = examples(images, JUDGE_IMAGES, **options)
     chunks = chosen.loader.chunks(chosen.indices, chosen.seeds, 256)
     parts = [part for _, part in watch(chunks, "loading", len(chosen.indices))]
     labels = torch.as_tensor(images.targets)[chosen.indices].to(device)
-    return train_judge(torch.cat(parts).to(device), labels, len(images.classes), options["seed"])
+    images, n_classes = torch.cat(parts).to(device), len(images.classes)
+    return train_judge(images, labels, n_classes, options["seed"], config)
 
 
 @torch.no_grad()
-def judged(judge, images):
-    """images (N, K, 3, H, W) normalised -> the judge's classes (N, K) and their probabilities."""
+def judged(judge, images, config):
+    """images (N, K, C, H, W) normalised -> the judge's classes (N, K) and their probabilities."""
     # uint8 first, so that values beyond black and white can't make the judge sure of a class.
-    shown = normalize(denormalize(images)).flatten(0, 1).to(next(judge.parameters()).dtype)
+    shown = denormalize(images, config.mean, config.std)
+    shown = normalize(shown, config.mean, config.std).flatten(0, 1)
+    shown = shown.to(next(judge.parameters()).dtype)
     shown = shown.contiguous(memory_format=torch.channels_last)
     probabilities = torch.cat([judge(part).float().softmax(1) for part in shown.split(256)])
     return [x.unflatten(0, images.shape[:2]) for x in probabilities.max(1)[::-1]]
@@ -98,7 +105,7 @@ def judged(judge, images):
 
 @torch.no_grad()
 def complete(models, mae, images, mask_noise, codes_per_image, mask_ratio, seeds):
-    """Yields (name, completions (N,K,L,P*P*3), mask) for each model in {name: model}, with the same
+    """Yields (name, completions (N,K,L,P*P*C), mask) for each model in {name: model}, with the same
     codes for every image. For the model `mae` it also yields completions with noise: each value's
     noise is as large as the first model's standard deviation over codes."""
     deviation = None
@@ -154,12 +161,13 @@ def measure(losses, spread, classes, labels, n_classes):
 
 
 @torch.no_grad()
-def class_cells(images, mask, pictures, mae, n_classes):
+def class_cells(images, mask, pictures, mae, n_classes, config):
     """Rows of the picture of classes, uint8 (N, columns, 3, H, W): image, masked image, the MAE's
     completion, and for each class the first model's completion that shows the class best, gray if
     no completion does. Second result: the number of classes shown (N,)."""
     completed, classes, probabilities = next(iter(pictures.values()))
-    gray = normalize(torch.full_like(images[:, :1], 128).expand_as(images))
+    gray = torch.full_like(images[:, :1], 128).expand_as(images)
+    gray = normalize(gray, config.mean, config.std)
     patches = Models.patchify(gray, math.isqrt(images[0, 0].numel() // mask.shape[1]))
     columns = [images, Models.paste(patches[:, None], images, mask)[:, 0]]
     columns += [pictures[mae][0][:, 0]] if mae in pictures else []
@@ -169,7 +177,7 @@ def class_cells(images, mask, pictures, mae, n_classes):
     found = completed[torch.arange(len(images))[:, None], numbers]  # (N, columns, 3, H, W)
     found = torch.where(shown[..., None, None, None], found, gray[:, None])
     cells = torch.cat([torch.stack(columns, dim=1), found], dim=1)
-    return denormalize(cells).cpu(), (best.values >= 0).sum(1).cpu()
+    return to_pictures(cells, config.mean, config.std).cpu(), (best.values >= 0).sum(1).cpu()
 
 
 def most_classes(cells, n_shown):
@@ -211,17 +219,19 @@ def measure_seed(runs, mae, args):
     flags = read_config(next(iter(runs.values())))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = load_models(runs, flags["seed"], device)
+    config = models[UNTRAINED].config
     names = ("data_tr", "data_val", "seed", "image_decoder")
     images_tr, images_val = Data.open_pair(
         **{name: flags[name] for name in names},
         n_way=flags["train_n_way"],
         n_shot=flags["train_n_shot"],
         skip_bad_images=bool(flags["skip_bad_images"]),
+        channels=config.channels,
     )
     transform = transforms(tuple(flags["input_size"]), flags["use_augs"])[1]
     options = {"transform": transform, "seed": flags["seed"], "num_workers": flags["num_workers"]}
 
-    judge, n_classes = make_judge(images_tr, device, options), len(images_tr.classes)
+    judge, n_classes = make_judge(images_tr, device, config, options), len(images_tr.classes)
     chosen = examples(images_val, args.images or flags["ex_for_mse_loss"], **options)
     labels = torch.as_tensor(images_val.targets)[chosen.indices]
     taken_for, parts, cells = [], {}, []
@@ -231,20 +241,20 @@ def measure_seed(runs, mae, args):
         len(chosen.indices),
     ):
         images, mask_noise, seeds = prepare(models[UNTRAINED], images, chosen.seeds[rows])
-        taken_for.append(judged(judge, images[:, None])[0][:, 0].cpu())
+        taken_for.append(judged(judge, images[:, None], config)[0][:, 0].cpu())
         pictures = {}
         how = (args.codes, flags["mask_ratio"], seeds)
         for name, pred, mask in complete(models, mae, images, mask_noise, *how):
             model = models[mae if name == NOISE else name]
             completed = Models.paste(Models.pixels(pred, images, model.config), images, mask)
-            classes, probabilities = judged(judge, completed)
+            classes, probabilities = judged(judge, completed, config)
             classes = torch.where(probabilities >= args.plausible, classes, -1)
             pictures[name] = (completed, classes, probabilities)
             loss = image_losses(model, pred, images, mask)
             spread = (pred.std(1, correction=0) * mask[..., None]).sum((1, 2))
             spread = spread / mask.sum(1) / pred.shape[-1]
             parts.setdefault(name, []).append([x.cpu() for x in (loss, spread, classes)])
-        cells = [*cells, class_cells(images, mask, pictures, mae, n_classes)]
+        cells = [*cells, class_cells(images, mask, pictures, mae, n_classes, config)]
         cells = [most_classes(*map(torch.cat, zip(*cells, strict=True)))]
     measured = {}
     for name, rows in parts.items():

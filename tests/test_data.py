@@ -200,10 +200,24 @@ def test_images_beside_class_folders_are_refused_in_a_tar(tmp_path, root):
         Data.open_images(path)
 
 
-def test_a_tar_of_images_without_any_folder_is_refused(tmp_path):
-    picture(0).save(tmp_path / "1.png")
-    with pytest.raises(InputError, match="x.tar holds images outside of class folders"):
-        Data.open_images(tar(tmp_path / "x.tar", "-C", tmp_path, "1.png"))
+def test_images_without_class_folders_are_one_class_the_same_in_every_store(tmp_path, capsys):
+    folder = make_folder(tmp_path / "val", ["b.png", "a.png", ".hidden.png"])
+    folder_images = Data.open_images(folder)
+    inner = tar(tmp_path / "inner.tar", "-C", folder, "b.png", "a.png")
+    stores = [inner, tar(tmp_path / "val.tar", "-C", tmp_path, "val")]
+    for path in tmp_path / "x.lmdb", tmp_path / "x.tar":
+        pack.pack(folder, path)
+        stores.append(path)
+    for images in (folder_images, *map(Data.open_images, stores)):
+        assert Data.contents(images).startswith("2 images without class folders")
+        assert images.fingerprint() == folder_images.fingerprint()
+        assert [images.entry(i) for i in range(2)] == ["./a.png", "./b.png"]
+        assert images.name(1).endswith("/b.png") and "/./" not in images.name(1)
+        assert images[0][0].tobytes() == picture(1).tobytes() and images.targets.tolist() == [0, 0]
+    labelled = make_folder(tmp_path / "tr", ["a/1.png", "b/1.png"])
+    with pytest.raises(InputError, match="--data_val: .*val has no class folders.*valprep.sh"):
+        Data.open_pair(labelled, folder)
+    assert Data.open_pair(folder, labelled)[1].classes == ["a", "b"]
 
 
 @pytest.mark.parametrize("make", [lambda folder: folder, tar_of])

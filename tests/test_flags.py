@@ -35,7 +35,7 @@ DEFAULTS = """
     z_per_ex_vis=8 steps_per_eval=64 get_mae_baseline=1 save_iter=-1 save_minutes=10
     sample_dtype=auto processes=1 wandb=disabled save_folder=. seed=0 sampler=surrogate tries=25
     rs_epsilon=0 mae_loss_weight=1 decoder=self predict_ratio=1
-    image_decoder=pillow skip_bad_images=0 loader_timeout=120 force_resume=0
+    image_decoder=pillow skip_bad_images=0 loader_timeout=120 force_resume=0 channels=3
 """  # of DESIGN.md, section 3; further ones stand in the test
 TWO_RUNS = """
     TrainIMLE.py --gpus 0 1 --suffix SUFFIX --data_tr IMAGENET_TRAIN --data_val IMAGENET_VAL
@@ -89,6 +89,8 @@ def test_defaults_are_those_of_the_design():
         "notes": "",
         "resume": None,
         "staged": None,
+        "probe_data": None,
+        **dict.fromkeys(("mean", "std", "show_bands")),
     }
     assert {name: flags[name] for name in others} == others
     named = {pair.split("=")[0] for pair in DEFAULTS.split()} | set(others) | {"num_workers"}
@@ -173,7 +175,9 @@ def test_the_paper_s_two_runs_are_what_they_were(tmp_path, name, ignore_z):
     resolved = vars(IO.parse_flags(script_words))
     recorded = json.loads((ROOT / "tests/golden/paper_runs.json").read_text())[name]
     assert recorded.pop("code_free_share") == 0  # no flag of this version
-    assert resolved == {**recorded, "mae_loss_weight": 0.0, "num_workers": 8}
+    added = {"mae_loss_weight": 0.0, "channels": 3}  # since version 0.1.0
+    added |= dict.fromkeys(("mean", "std", "probe_data", "show_bands"))
+    assert resolved == {**recorded, **added, "num_workers": 8}
     names = "mae_loss_weight sampler tries adain_init latent_dim mapping_net_layers"
     names = {*names.split(), "mapping_net_h_dim", "mapping_net_lrmul"}
     assert {k for k, v in resolved.items() if v != getattr(flags, k)} <= names
@@ -253,6 +257,18 @@ REFUSED = [  # flags, and what the line says
     ("--rs_epsilon .1 --ignore_z 1", "--rs_epsilon 0.1: with --ignore_z 1"),
     ("--mae_loss_weight -1", "--mae_loss_weight: '-1' is not a number of at least 0"),
     ("--mae_loss_weight nan", "--mae_loss_weight: 'nan' is not a number of at least 0"),
+    ("--channels 0", "--channels: '0' is not a whole number from 1 to 1024"),
+    ("--mean .5 .5 .5", "--mean 0.5 0.5 0.5: give --mean and --std, or neither"),
+    ("--std .5", "--std 0.5: give --mean and --std, or neither"),
+    ("--mean .5 --std .5", "--mean 0.5: allowed are 3 finite numbers, one for each channel"),
+    ("--channels 1 --mean .5 --std 0", "--std 0.0: allowed are 1 finite numbers above 0"),
+    ("--show_bands 1 2", "--show_bands 1 2: allowed are three numbers, or one, from 0 to 2"),
+    ("--channels 5 --show_bands 4 3 5", "--show_bands 4 3 5: allowed are three .*from 0 to 4"),
+    ("--probe_data digits", "--probe_data digits: expected NAME=TRAIN,VAL"),
+    ("--probe_data a=x", "--probe_data a=x: expected NAME=TRAIN,VAL"),
+    ("--probe_data a=x,y,z", "--probe_data a=x,y,z: expected NAME=TRAIN,VAL"),
+    ("--probe_data a/b=x,y", "--probe_data a/b=x,y: expected .* names have letters"),
+    ("--probe_data a=x,y a=x,z", "--probe_data a=x,z: the name a twice"),
     ("--rs_epsilon -1", "--rs_epsilon: '-1' is not a number of at least 0"),
     ("--decoder crossed", "--decoder: .*crossed.*self.*cross"),
     ("--predict_ratio .5", "--predict_ratio 0.5: .*--decoder cross"),
@@ -332,6 +348,78 @@ def test_resuming_from_what_is_no_run_s_checkpoint_ends_in_one_line(tmp_path, ca
             assert ("it has foo" in message) == ("foo" in content)
 
 
+def config_file(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_a_config_gives_defaults_that_the_command_line_overrides(tmp_path):
+    by_hand = {"lr": 1e-3, "ip_spec": ["3", "adain"], "input_size": 64, "fp16": False, "ns": 16}
+    by_hand |= {"data_tr": "tr", "finetune": False, "notes": "", "mae_weights": None, "sp": 8}
+    path = config_file(tmp_path, by_hand)
+    text = f"--config {path} --data_val val --gpus cpu --ns 8 --uid x"
+    expected = f"{SCRATCH} --gpus cpu --lr 1e-3 --ip_spec 3 adain --input_size 64 --no-fp16 --ns 8"
+    assert parse(text) == parse(f"{expected} --sp 8 --uid x")
+    assert parse(f"{text} --fp16 --finetune 1 --input_size 32 --data_tr b").fp16
+
+
+def test_a_run_s_config_gives_its_flags_but_not_its_identity_or_devices(tmp_path):
+    text = f"{SCRATCH} --ignore_z 1 --lr 1e-3 --save_folder {tmp_path} --suffix s"
+    first = parse(f"{text} --gpus cpu --processes 2 --uid first --force_resume 1 --staged /x")
+    path = config_file(tmp_path, {"flags": vars(first), "versions": {}, "command": ""})
+    again = parse(f"--config {path} --gpus cpu")
+    differ = {k for k, v in vars(first).items() if v != getattr(again, k)}
+    assert differ == {"uid", "gpus", "processes", "force_resume", "staged"}
+    assert again.gpus == ["cpu"] and again.force_resume == 0 and again.staged is None
+
+
+def test_a_config_of_version_0_1_0_does_what_its_run_did(tmp_path, capsys):
+    flags = {"data_tr": "tr", "data_val": "val", "finetune": 0, "code_free_share": 0.0}
+    path = config_file(tmp_path, {"flags": flags})
+    assert parse(f"--config {path} --gpus cpu").mae_loss_weight == 0
+    path = config_file(tmp_path, {"flags": flags | {"code_free_share": 0.5}})
+    line = refusal(capsys, IO.parse_flags, f"--config {path} --gpus cpu")
+    assert f"--config {path}: --code_free_share 0.5" in line
+
+
+def test_a_config_stands_for_flags_also_where_a_run_goes_on(tmp_path):
+    """The run's own flags give way to those of --config, as to those of the command line."""
+    folder = tmp_path / "models/a-x"
+    folder.mkdir(parents=True)
+    flags = vars(parse(f"{SCRATCH} --gpus cpu --uid x --lr 1e-3"))
+    (folder / "config.json").write_text(json.dumps({"flags": flags}))
+    path = config_file(tmp_path, {"save_folder": str(tmp_path), "wd": 0.5})
+    again = parse(f"--config {path} --data_val val --uid x --gpus cpu")
+    assert (again.lr, again.wd) == (1e-3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"lrr": 1}, "unknown argument --lrr; did you mean --lr"),
+        ({"lrr": None}, "unknown argument --lrr; did you mean --lr"),
+        ({"flags": {"lrr": 1}}, "unknown argument --lrr; did you mean --lr"),
+        ({"lr": "fast"}, "--lr: 'fast' is not a number of at least 0"),
+        ({"lr": [1, 2]}, "--lr: expected one value, not a list"),
+        ({"lr": {"mae": 1}}, "--lr: expected a number, a text, or a list"),
+        ({"ns": 1.5}, "--ns: '1.5' is not a whole number"),
+        ({"arch": "vit_giant"}, "--arch: .*vit_giant.*vit_base"),
+        ({"fp16": "no"}, "--fp16: expected true or false"),
+        ({"uid": "x"}, "--uid: allowed on the command line only"),
+        ({"gpus": ["0"]}, "--gpus: allowed on the command line only"),
+        ({"config": "y"}, "--config: allowed on the command line only"),
+        ("[1]", "expected names of flags with their values"),
+        ("{", "it is no JSON: Expecting"),
+        (None, "it can't be read: No such file"),
+    ],
+)
+def test_a_mistake_in_a_config_names_the_file_and_the_flag(tmp_path, capsys, content, message):
+    path = config_file(tmp_path, content) if content else tmp_path / "nothing.json"
+    line = refusal(capsys, IO.parse_flags, f"{SCRATCH} --config {path}")
+    assert re.search(f"error: --config {re.escape(str(path))}: {message}", line), line
+
+
 def declared(parser):
     return [action for action in parser._actions if action.dest != "help"]
 
@@ -362,7 +450,7 @@ def test_help_lists_every_flag_with_its_default(capsys, program, parser):
     entries = {re.match(r"--[\w-]+", entry)[0]: " ".join(entry.split()) for entry in entries}
     for action in declared(parser()):
         entry = entries[action.option_strings[0]]
-        if action.default not in (None, ""):
+        if action.default not in (None, "", argparse.SUPPRESS):
             stated = f"(default: {action.default})"
             assert stated in entry or re.search(r"default: \w+", action.help), entry
         assert len(entry.split("default")) <= 2, entry

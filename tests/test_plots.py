@@ -1,10 +1,12 @@
 """Curves, the picture of a probe, and the list of runs."""
 
+import csv
 import json
 import re
 import sys
 
 import pytest
+import runs
 from conftest import command
 from matplotlib.figure import Figure
 from PIL import Image
@@ -57,18 +59,66 @@ def test_a_metric_that_is_new_is_drawn_in_a_panel_of_its_own_and_listed(tmp_path
     known = records(
         "epoch", "time/validation_seconds", "pretrain/loss_te", "pretrain/loss_baseline"
     )
-    values = {"mine/fid": 12.5, "mine/bad": None, "images/x": "images/x.png", "mine/text": "new"}
+    probed = {"fast_linear_probe/x.y/acc_te": 0.75, "fast_linear_probe/x.y/knn_te": 0.5}
+    values = {
+        **probed,
+        "pretrain/rankme": 3.21,
+        "mine/fid": 12.5,
+        "mine/bad": None,
+        "images/x": "images/x.png",
+        "mine/text": "new",
+    }
     content = [*known, {"pretrain/step": 9, **values}]
-    assert plots.other_metrics(content) == ["mine/fid"]
+    assert plots.other_metrics(content) == [*probed, "mine/fid"]
     plots.draw_curves({"run": content}, tmp_path / "curves.png")
     (found,) = texts
-    assert {"reconstruction loss", "mine/fid"} <= set(found)
+    assert {"reconstruction loss", "mine/fid", "effective rank of features"} <= set(found)
+    assert {"validation accuracy, x.y", "linear probe", "nearest neighbours"} <= set(found)
     assert not any(re.match("mine/[bt]|time|epoch|images|.*baseline", text) for text in found)
     lines = "".join(json.dumps(record) + "\n" for record in content)
     (tmp_path / "metrics.jsonl").write_text(lines)
     done = command(tmp_path, program=(sys.executable, "scripts/runs.py"))
     heading, row = done.stdout.splitlines()
-    assert "mine/fid" in heading.split() and "12.5" in row.split()
+    assert {"mine/fid", "rank"} <= set(heading.split()) and {"12.5", "3.2"} <= set(row.split())
+
+
+def a_run(path, flags, **values):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"flags": flags}))
+    record = {"epoch": 0, "pretrain/step": 9, "time/epoch_seconds": 61.2, **values}
+    (path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+
+
+def test_the_table_of_runs_has_the_flags_that_differ_and_any_order(tmp_path, capsys):
+    flags = {"uid": "x", "gpus": ["cpu"], "lr": 0.1, "ip_spec": ["3", "adain"], "wd": 0.5}
+    a_run(tmp_path / "b", flags, **{"pretrain/loss_te": 0.123456})
+    a_run(tmp_path / "a", {**flags, "uid": "y", "lr": 0.02, "ip_spec": []}, **{"mine/fid": 3})
+    a_run(tmp_path / "c", {**flags, "gpus": ["0"], "lr": 10.0}, **{"pretrain/loss_te": 0.012})
+
+    def table(*options):
+        runs.main([str(tmp_path), *map(str, options)])
+        return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+    heading, *rows = table("--sort", "lr", "--csv", tmp_path / "table.csv")
+    assert heading[-4:] == ["time", "lr", "ip_spec", "run"] and "wd" not in heading
+    assert [row[-1] for row in rows[:3]] == ["a", "b", "c"]
+    assert rows[1][-5:] == ["s", "0.1", "3", "adain", "b"]
+    for key in ("pretrain/loss_te", "loss, mean"):
+        assert [row[-1] for row in table("--sort", key)[1:]] == ["a", "c", "b"], key
+    with open(tmp_path / "table.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["lr"] for row in rows] == ["0.02", "0.1", "10.0"]
+    assert rows[1]["pretrain/loss_te"] == "0.123456" and rows[0]["pretrain/loss_te"] == ""
+    assert rows[1]["ip_spec"] == "3 adain" and rows[1]["seconds"] == "61.2"
+    assert rows[0]["run"] == str(tmp_path / "a") and rows[0]["mine/fid"] == "3"
+    for options, message in (
+        (["--sort", "pretrain/los_te"], "--sort pretrain/los_te: .*mean 'pretrain/loss_te"),
+        (["--csv", tmp_path / "no/x.csv"], "--csv: cannot write .*No such file"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            table(*options)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2 and re.search(message, line), line
 
 
 def test_class_names_and_titles_are_drawn_as_they_are(tmp_path, texts):

@@ -14,7 +14,7 @@ import Data
 import IO
 import LinearProbe
 from Augmentation import normalize, resize
-from internals.encoders import extract
+from internals.encoders import effective_rank, extract
 
 
 def blobs(n, spread, seed, n_classes=6, dim=16):
@@ -80,6 +80,19 @@ def test_nearest_neighbours_equal_a_loop_over_the_points():
         right += int(votes.argmax() == true)
     accuracy = LinearProbe.nearest_neighbors(features, labels, test, truth)
     assert accuracy == pytest.approx(right / 50)
+
+
+def test_rankme_counts_the_directions_that_features_fill():
+    directions = torch.linalg.qr(torch.randn(40, 12)).Q  # 12 orthonormal columns
+    for n in (1, 5, 12):
+        features = 3 * directions[:, :n] @ torch.linalg.qr(torch.randn(16, n)).Q.T
+        assert effective_rank(features) == pytest.approx(n, rel=1e-4)
+    assert effective_rank(torch.zeros(4, 3)) == pytest.approx(1, abs=1e-4)
+    x = torch.randn(50, 8) * torch.arange(1, 9)
+    shares = torch.linalg.svdvals(x) / torch.linalg.svdvals(x).sum()
+    assert effective_rank(x) == pytest.approx(
+        (-(shares * shares.log()).sum()).exp().item(), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("global_pool", [True, False])

@@ -32,6 +32,7 @@ CUT = {  # how a command begins -> what is said behind it, to cut it down
     "bash scripts/imle_from_scratch.sh": SMALL + " --ip_spec 3 adain",
     "bash scripts/mae_from_scratch.sh": SMALL,
     "python TrainIMLE.py --help": "",
+    "python TrainIMLE.py --config": "--gpus cpu",
     "python TrainIMLE.py --data_tr": SMALL + " --finetune 0",
     "python LinearProbe.py .* --fast 1": PROBE + " --val_n_shot 3",
     "python LinearProbe.py": PROBE + " --epochs 1 --lrs 1 --batch_size 16",
@@ -69,6 +70,9 @@ WORDS = {  # what stands for a user's own
     "--gpus_per_node 4": "--dry_run --gpus_per_node 0",
     "FOLDER": "runs",
     "RUN [RUN ...]": "runs",
+    "BIRDS/": "data/imagenet/",
+    "CARS/": "data/imagenet/",
+    "models/RUN/config.json": "runs/models/*-mae-0/config.json",
     "--gpus 0 ": "",
     "--batch_size 16384": "",
 }

@@ -49,7 +49,7 @@ def test_a_report_is_one_file_with_the_runs_differences_curves_pictures_and_comm
     assert set(page["differing"]) == {"ns", "data_val"}
     assert two["notes"] == two["command"] == HOSTILE and json.loads(two["config"])
     losses = one["points"]["pretrain/loss_te"]
-    assert [step for step, _ in losses] == [0, 2, 4, 6, 8] and len(one["cells"]) == 10
+    assert [step for step, _ in losses] == [0, 2, 4, 6, 8] and len(one["cells"]) == 11
     assert [step for step, _ in one["pictures"]["images/pretrain_test"]] == [0, 2, 4, 6, 8]
     assert not re.search(r"""(src|href)=["']?\w""", out.read_text()), "it asks for another file"
     assert "https:" not in out.read_text()

@@ -65,6 +65,15 @@ def test_there_is_a_task_for_each_gpu_and_the_data_may_be_staged(printed):
     assert '--staged "$staged"\n}' in script
 
 
+def test_a_config_is_written_out_in_the_job_and_data_of_probes_are_staged(printed, tmp_path):
+    (config := tmp_path / "config.json").write_text('{"lr": 0.5}')
+    training = [word for word in TRAINING if word not in ("--gpus", "cpu")]
+    training += ["--config", str(config), "--probe_data", f"x={TRAINING[3]},{tmp_path}"]
+    script = printed(*"--time .5 --gpus_per_node 4 --stage --".split(), *training)
+    assert "--lr=0.5" in script and "--config" not in script
+    assert f"\ndata=({TRAINING[1]} {TRAINING[3]} {tmp_path}) " in script
+
+
 def test_words_of_the_training_reach_it_as_they_are(capsys):
     training = [*TRAINING, "--notes", 'it\'s --a "$HOME" {{TIME}}', "--wandb", "online"]
     slurm_submit.main([*ON_CPU, "--time", "1", "--dry_run", "--", *training])

@@ -457,7 +457,6 @@ def test_names_of_windows_come_with_the_commands_that_mend_them(tmp_path):
 
 
 def test_layouts_of_other_tools_are_refused_with_what_they_are_and_what_to_do(tmp_path):
-    flat = make_folder(tmp_path / "val", [f"ILSVRC2012_val_0000000{i}.JPEG" for i in range(3)])
     shard = make_folder(tmp_path / "shard", ["000.jpg", "001.jpg"])
     for name in ("000.cls", "001.cls"):
         (shard / name).write_text("3")
@@ -469,7 +468,6 @@ def test_layouts_of_other_tools_are_refused_with_what_they_are_and_what_to_do(tm
     (heic / "b").mkdir()
     (heic / "b/IMG_1.HEIC").write_bytes(b"")
     for folder, words in {
-        flat: "images outside of class folders: .* found .*ILSVRC2012_val_.*valprep.sh.*ImageNet",
         shard: "shard of a WebDataset .*named after its class",
         tmp_path / "lsun": "is an LMDB of another tool .*scripts/pack.py",
         splits: "holds train, val_2017: parts of a data set, not classes; ",

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import socket
 import subprocess
@@ -36,6 +37,7 @@ import TrainIMLE
 import Validation
 from Augmentation import transforms
 from internals import checkpoints
+from internals.encoders import effective_rank
 from Utils import RunError, fastest_dtype, learning_rate
 
 
@@ -322,6 +324,7 @@ def test_a_run_leaves_what_the_readme_says(tiny_run):
         assert ["pretrain/" + key + "_baseline" in r for r in evaluated] == [True] + [False] * 4
     for key in ("acc_te", "knn_te"):
         assert all(0 <= r[f"fast_linear_probe/{key}"] <= 1 for r in evaluated)
+    assert all(1 <= r["pretrain/rankme"] <= 128 for r in evaluated)
     for record in evaluated:
         for key in ("images/pretrain_train", "images/pretrain_test"):
             width, height = Image.open(tiny_run / record[key]).size
@@ -336,6 +339,62 @@ def test_a_run_leaves_what_the_readme_says(tiny_run):
     content = torch.load(tiny_run / "checkpoints/step_00000008.pt", weights_only=True)
     assert content["progress"]["step"] == 8
     assert IO.load_model(tiny_run / "checkpoints/step_00000008.pt").code_dim == 8
+
+
+def test_rankme_is_logged_without_a_probe_by_any_number_of_processes(tmp_path):
+    flags = "--epochs 0 --fast_linear_probe 0 --processes 2 --uid x --num_workers 0".split()
+    command(*TINY, *flags, "--save_folder", tmp_path)
+    (record,) = metrics(run_folder(tmp_path))
+    model = IO.load_model(run_folder(tmp_path))
+    tokens = model.encode(digits(10)[0]).detach()
+    expected = effective_rank(tokens[:, 1:].mean(1))
+    assert record["pretrain/rankme"] == pytest.approx(expected, rel=1e-4)
+    assert record["pretrain/rankme_baseline"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_unlabelled_pretraining_is_watched_by_probes_on_other_sets(tiny_run, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    images = Data.open_images(ROOT / "demo/mnist_train.tar")
+    for i in range(0, 4000, 80):
+        images.load(i).save(flat / f"{i}.png")
+    digits = "digits=demo/mnist_train.tar,demo/mnist_val.tar"
+    flags = [*TINY, "--data_tr", flat, "--data_val", flat, "--epochs", 1, "--ignore_z", 1]
+    flags += ["--probe_data", digits, digits.replace("digits", "again"), "--processes", 2]
+    done = command(*flags, "--save_folder", tmp_path)
+    assert "training: 50 images without class folders" in done.stdout
+    assert "digits, training: 4,000 images, 10 classes" in done.stdout
+    assert done.stdout.count("no probe on the training images: all are of one class") == 1
+    records = [r for r in metrics(run_folder(tmp_path)) if "pretrain/loss_te" in r]
+    for record in records:
+        assert "fast_linear_probe/acc_te" not in record and record["pretrain/rankme"] >= 1
+        for key in ("acc_te", "knn_te"):
+            found = record[f"fast_linear_probe/digits/{key}"]
+            assert 0 <= found <= 1 and found == record[f"fast_linear_probe/again/{key}"]
+    # The start of the run on the digits themselves, without codes, has the same weights.
+    first = [r for r in metrics(tiny_run) if "pretrain/loss_te_baseline" in r]
+    for key in ("acc_te", "knn_te"):
+        expected = first[0][f"fast_linear_probe/{key}_baseline"]
+        assert records[0][f"fast_linear_probe/digits/{key}"] == pytest.approx(expected, abs=0.02)
+    assert "digits: probe " in done.stdout and "again: probe " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("x=nowhere,demo/mnist_val.tar", "--probe_data x: TRAIN: nowhere does not exist"),
+        ("x=demo/mnist_val.tar,FLAT", "--probe_data x: VAL: .* has no class folders"),
+        ("x=FLAT,FLAT", "--probe_data x: TRAIN: a probe needs at least two classes, there is 1"),
+    ],
+)
+def test_bad_data_of_a_probe_end_in_one_line(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(ROOT)
+    Image.new("RGB", (28, 28)).save(tmp_path / "0.png")
+    words = words.replace("FLAT", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        TrainIMLE.main([*map(str, TINY), "--save_folder", str(tmp_path), "--probe_data", words])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and re.search(message, line), line
 
 
 def test_imle_alone_has_the_numbers_that_version_0_1_0_had(imle_alone_run):

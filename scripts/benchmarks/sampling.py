@@ -169,13 +169,14 @@ def trained_model(args, device):
         if not model.code_dim:
             raise InputError(f"{args.checkpoint} has no codes")
     with naming("--data"):
-        images = Data.open_images(args.data)
+        images = Data.open_images(args.data, channels=model.config.channels)
     n = min(args.regret_images, len(images))
     indices = torch.arange(n) * len(images) // n
     loader = Data.ImageLoader(images, resize(model.config.image_size), num_workers=0)
     ((_, pixels),) = loader.chunks(indices, indices, n)
     noise = random_uniform(mix_seeds(indices, Stream.MASK), model.pos_embed.shape[1] - 1)
-    return model, [normalize(pixels).to(device), noise.to(device), indices.to(device)]
+    pixels = normalize(pixels, model.config.mean, model.config.std)
+    return model, [pixels.to(device), noise.to(device), indices.to(device)]
 
 
 def all_losses(model, images, mask_noise, codes):

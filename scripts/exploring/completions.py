@@ -11,11 +11,12 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from Augmentation import normalize
+from internals.decoding import MODES
 from internals.plots import import_matplotlib
 from internals.weights import load_model
 from Models import in_precision, pictures
 from Samplers import code_passes, image_losses, sort_keys
-from Utils import fastest_dtype
+from Utils import InputError, fastest_dtype
 
 from .views import DIFFERENT, NEAREST, code_seed, decoded
 
@@ -81,6 +82,9 @@ class Explorer:
         model = load_model(source, **overrides).to(device).eval()
         self.source, self.overrides = source, overrides
         self.config, self.code_dim = model.config, model.code_dim
+        if self.config.channels not in MODES:
+            n = self.config.channels
+            raise InputError(f"{source} is for images of {n} channels, which this page can't show")
         self.model = in_precision(model, fastest_dtype(device))
         self.device, self.n_patches = device, math.prod(model.config.grid)
         least, most = CODES_PER_PASS
@@ -91,8 +95,10 @@ class Explorer:
         self.mixed = functools.lru_cache(KEPT)(self._mixed)
 
     def _prefix(self, picture, visible):
-        """The normalised picture (1,3,H,W) and its model.prefix."""
-        images = normalize(pil_to_tensor(decoded(picture))[None].to(self.device))
+        """The normalised picture (1,C,H,W) and its model.prefix."""
+        c = self.config
+        pixels = pil_to_tensor(decoded(picture).convert(MODES[c.channels]))
+        images = normalize(pixels[None].to(self.device), c.mean, c.std)
         noise, ratio = mask_of(visible, self.n_patches)
         return images, self.model.prefix(images, noise.to(self.device), ratio)
 
@@ -118,7 +124,7 @@ class Explorer:
         for codes in passes if n_codes else ():
             preds.append(self.model.suffix(prefix, codes, masked_only=False))
             self.progress(codes.shape[1])
-        pred = torch.cat(preds, dim=1)  # (1, 1 + K, L, P*P*3)
+        pred = torch.cat(preds, dim=1)  # (1, 1 + K, L, P*P*C)
         losses = image_losses(self.model, pred, images, prefix.mask)[0].tolist()
         image, masked, plain, *cells = pictures(pred, images, prefix.mask, self.config)[0].cpu()
         cells = torch.stack(cells) if cells else image[None, :0].new_empty(0, *image.shape)
