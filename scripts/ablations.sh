@@ -12,10 +12,10 @@ cd "$(dirname "$0")/.."
 settings() {
     cat << 'END'
 mae --ignore_z 1
-mae_64_images --ignore_z 1 --mini_bs 64
+mae_32_images --ignore_z 1 --mini_bs 32
 mae_twice_the_rate --ignore_z 1 --lr 2e-3
 imle
-imle_64_images --mini_bs 64
+imle_32_images --mini_bs 32
 imle_alone --mae_loss_weight 0
 random_codes --ns 1
 weight_.3 --mae_loss_weight .3
@@ -26,6 +26,7 @@ ns_64 --ns 64 --sampler exhaustive
 ns_64_surrogate --ns 64
 last_decoder_block --ip_spec 5 adain
 last_decoder_block_ns_64 --ip_spec 5 adain --ns 64
+mae_22_epochs --ignore_z 1 --epochs 22
 first_decoder_block --ip_spec 4 adain
 all_encoder_blocks --ip_spec 0 adain 1 adain 2 adain 3 adain
 mask_token --ip_spec mask adain
