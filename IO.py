@@ -210,7 +210,7 @@ def mask_flags(parser):
         "default: that of --mae_weights, else ImageNet's for 3 channels, else measured on "
         f"{MEASURED} training images.")
     add("--std", type=real(0), nargs="+", metavar="X",
-        help="Standard deviation of each channel, in the unit of --mean; default: as of --mean.")
+        help="Standard deviation of each channel, in the unit of --mean; give both or neither.")
 
 
 def probe_flags(parser, title="fast linear probe", training=True):
@@ -334,8 +334,9 @@ def parse_flags(argv=None):
 
 
 def with_config(argv):
-    """The words of TrainIMLE.py's command line, with the flags in the --config FILE that they name
-    as words in front of them, in its place. Ends the program on a mistake in the file."""
+    """TrainIMLE.py's command line, a list of words, in which the flags of the --config FILE replace
+    `--config FILE`. They come first, so that the command line's own flags override them. Ends the
+    program on a mistake in the file."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", nargs="?")  # a missing value is left to the parser to report
     args, others = early.parse_known_args(argv)

@@ -408,9 +408,46 @@ def make_validation(flags, record, stop, images_tr, images_val, probe_pairs, dev
         "pretrain_test": (images_val, flags.ex_for_vis_te),
     }
     pool, n_codes = "mean" if flags.global_pool else "cls", 0 if flags.probe_ignore_z else 1
+    loss_examples = examples(images_val, flags.ex_for_mse_loss, transform, seed=seed, **loading)
+    features = partial(
+        extract,
+        loader=loss_examples.loader,
+        indices=loss_examples.indices,
+        seeds=loss_examples.seeds,
+        device=device,
+        batch_size=flags.probe_bs_val,
+        parts=(pool,),
+        n_codes=n_codes,
+    )
+    return Validation(
+        record,
+        stop,
+        loss_examples=loss_examples,
+        picture_examples={
+            name: examples(images, count, transform, seed=seed, **loading)
+            for name, (images, count) in grids.items()
+            if count
+        },
+        probes=make_probes(flags, images_tr, images_val, probe_pairs, device, stop, pool, n_codes),
+        features=features,
+        steps_per_eval=flags.steps_per_eval,
+        images_per_pass=flags.eval_bs,
+        codes_per_image=flags.z_per_ex_loss,
+        codes_per_pass=flags.sp,
+        codes_per_picture=flags.z_per_ex_vis,
+        bands=flags.show_bands or (),
+        mask_ratio=flags.mask_ratio,
+        dtype=dtype,
+        baseline=bool(flags.get_mae_baseline),
+    )
+
+
+def make_probes(flags, images_tr, images_val, probe_pairs, device, stop, pool, n_codes):
+    """The fast probes of a Validation, {name of the data set: FastProbe}; "" is the run's own data.
+    probe_pairs: see Data.open_probe_pairs; pool, n_codes: see FastProbe."""
     make_probe = partial(
         LinearProbe.FastProbe,
-        image_size=size,
+        image_size=tuple(flags.input_size),
         device=device,
         n_way=flags.val_n_way,
         n_shot=flags.val_n_shot,
@@ -436,38 +473,7 @@ def make_validation(flags, record, stop, images_tr, images_val, probe_pairs, dev
     for name, pair in probe_pairs.items() if flags.steps_per_eval else ():
         with naming(f"--probe_data {name}: TRAIN"):
             probes[name] = make_probe(*pair, title=f"the probe on {name}")
-    loss_examples = examples(images_val, flags.ex_for_mse_loss, transform, seed=seed, **loading)
-    features = partial(
-        extract,
-        loader=loss_examples.loader,
-        indices=loss_examples.indices,
-        seeds=loss_examples.seeds,
-        device=device,
-        batch_size=flags.probe_bs_val,
-        parts=(pool,),
-        n_codes=n_codes,
-    )
-    return Validation(
-        record,
-        stop,
-        loss_examples=loss_examples,
-        picture_examples={
-            name: examples(images, count, transform, seed=seed, **loading)
-            for name, (images, count) in grids.items()
-            if count
-        },
-        probes=probes,
-        features=features,
-        steps_per_eval=flags.steps_per_eval,
-        images_per_pass=flags.eval_bs,
-        codes_per_image=flags.z_per_ex_loss,
-        codes_per_pass=flags.sp,
-        codes_per_picture=flags.z_per_ex_vis,
-        bands=flags.show_bands or (),
-        mask_ratio=flags.mask_ratio,
-        dtype=dtype,
-        baseline=bool(flags.get_mae_baseline),
-    )
+    return probes
 
 
 def make_optimizer(model, *, weight_decay, betas):

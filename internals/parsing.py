@@ -37,8 +37,8 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def check_names(self, names):
-        """Ends the program at a name, such as --lr, that is none of a flag; suggests the nearest
-        flag."""
+        """Ends the program if one of the names, such as --lr, is not the name of a flag; suggests
+        the nearest flag."""
         flags = self._option_string_actions
         for name in names:
             if name not in flags:

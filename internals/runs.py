@@ -233,7 +233,12 @@ def data_changes(new, old):
 
 def read_config(folder):
     """The flags in a run's config.json; an empty dict if they can't be read."""
-    flags = read_description(folder).get("flags")
+    return flags_of(read_description(folder))
+
+
+def flags_of(description):
+    """The flags in the content of a run's config.json; an empty dict if there are none."""
+    flags = description.get("flags")
     return flags if isinstance(flags, dict) else {}
 
 

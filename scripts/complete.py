@@ -49,16 +49,34 @@ def main(argv=None):
     add("--mosaic", type=whole(0), default=0, metavar="CODES", help="Try CODES codes and draw the "
         f"{N_MOSAIC} completions that differ most, in a second file OUT_mosaic; 0: no mosaic.")
     add("--seed", type=whole(0, 2**31), default=0, metavar="N", help="Seed of masks and codes.")
-    add("--input_size", type=whole(1), nargs="+", metavar="PIXELS", help="Side, or height and "
-        "width, of the images that the network sees; default: the model's own size.")
     add("--show_bands", type=whole(0), nargs="+", metavar="BAND", help="Channels, numbered from 0, "
         "that are shown as red, green and blue, or the one that is shown as grey; default: the "
         "first three, or the first of one or two.")
+    # fmt: on
+    model_flags(parser)
+    args = parser.parse_args(argv)
+    run_command(lambda: draw(args))
+
+
+def model_flags(parser):
+    """Declares the flags that `overrides_of` reads."""
+    add = parser.add_argument
+    # fmt: off
+    add("--input_size", type=whole(1), nargs="+", metavar="PIXELS", help="Side, or height and "
+        "width, of the images that the network sees; default: the model's own size.")
     add("--norm_pix_loss", **SWITCH, help="What the model predicts. 1: normalised patches; 0: "
         "pixels; default: as MODEL's file says, else 1.")
     # fmt: on
-    args = parser.parse_args(argv)
-    run_command(lambda: draw(args))
+
+
+def overrides_of(args):
+    """The fields of ModelConfig that the flags of `model_flags` set, for load_model."""
+    overrides = {}
+    if args.input_size:
+        overrides["image_size"] = tuple(height_and_width(args.input_size))
+    if args.norm_pix_loss is not None:
+        overrides["norm_pix_loss"] = bool(args.norm_pix_loss)
+    return overrides
 
 
 @torch.no_grad()
@@ -69,12 +87,7 @@ def draw(args):
     if file_format not in Image.SAVE or not out.parent.is_dir():
         raise InputError(f"--out {out}: allowed is an image file, such as grid.png, in a folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    overrides = {}
-    if args.input_size:
-        overrides["image_size"] = tuple(height_and_width(args.input_size))
-    if args.norm_pix_loss is not None:
-        overrides["norm_pix_loss"] = bool(args.norm_pix_loss)
-    model = load_model(args.model, **overrides).to(device).eval()
+    model = load_model(args.model, **overrides_of(args)).to(device).eval()
     pictures = [open_picture(path, model.config.channels) for path in args.pictures]
     for path, picture in zip(args.pictures, pictures, strict=True):
         if NOTE in getattr(picture, "info", ()):
@@ -146,11 +159,16 @@ def open_picture(path, channels=3):
 def fitted(picture, size):
     """The largest centre of a picture with the proportions of size (height, width), resized to it:
     uint8 or uint16 (C, H, W)."""
-    height, width = size
     if not isinstance(picture, torch.Tensor):
-        return pil_to_tensor(ImageOps.fit(picture, (width, height), Image.BICUBIC))
+        return pil_to_tensor(fitted_picture(picture, size))
+    height, width = size
     scale = min(picture.shape[1] / height, picture.shape[2] / width)
     return resized(center_crop(picture, [round(height * scale), round(width * scale)]), size)
+
+
+def fitted_picture(picture, size):
+    """`fitted` for a Pillow image, as a Pillow image."""
+    return ImageOps.fit(picture, (size[1], size[0]), Image.BICUBIC)
 
 
 def most_different_codes(model, image, noise, seed, n_codes, mask_ratio):

@@ -18,15 +18,15 @@ from types import SimpleNamespace
 
 import _path  # noqa: F401 (makes the modules importable)
 import torch
+from complete import model_flags, overrides_of
 from exploring.completions import Explorer
 from exploring.page import Changes, Library, Page
 from exploring.pieces import THUMBS, painter_html, thumbs_html
 from exploring.views import LARGEST_FILE, MOST_CODES, ORDERS, read_settings
 
-from internals.parsing import SWITCH, Parser, whole
+from internals.parsing import Parser, whole
 from internals.processes import run_command
 from internals.weights import SOURCES
-from IO import height_and_width
 from Utils import InputError, first_line, naming
 
 HERE = Path(__file__).resolve().parent
@@ -221,11 +221,8 @@ def main(argv=None):
     add("--port", type=whole(1, 65535), metavar="N", help="Port; default: the first free one from "
         "7860 on.")
     add("--no_browser", action="store_true", help="Opens no browser, only prints the address.")
-    add("--input_size", type=whole(1), nargs="+", metavar="PIXELS", help="Side, or height and "
-        "width, of the images that the network sees; default: the model's own size.")
-    add("--norm_pix_loss", **SWITCH, help="What the model predicts. 1: normalised patches; 0: "
-        "pixels; default: as MODEL's file says, else 1.")
     # fmt: on
+    model_flags(parser)
     args = parser.parse_args(argv)
     run_command(lambda: start(args))
 
@@ -298,11 +295,7 @@ def serve(blocks, page, host, port, theme, no_browser):
 
 def make_page(args):
     """The Page, and the View that it opens with."""
-    overrides = {}
-    if args.input_size:
-        overrides["image_size"] = tuple(height_and_width(args.input_size))
-    if args.norm_pix_loss is not None:
-        overrides["norm_pix_loss"] = bool(args.norm_pix_loss)
+    overrides = overrides_of(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = settings_of(args.open) if args.open else {}
     model = args.model or settings.get("model") or MODEL

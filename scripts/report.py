@@ -17,7 +17,7 @@ from internals.decoding import open_image
 from internals.parsing import Parser
 from internals.plots import panels_of
 from internals.processes import run_command
-from internals.runs import read_config, read_description, read_metrics
+from internals.runs import flags_of, read_description, read_metrics
 from Utils import InputError, drawable, write_atomically
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -55,7 +55,6 @@ def report(folders, out):
 
 def describe(runs, records):
     """What the page shows of runs, as plain data, without their pictures."""
-    configs = [read_description(run) for run in runs]
     columns, flags = metric_columns(runs, records), flag_columns(runs)
     panels = panels_of([record for some in records for record in some])
     keys = [key for panel in panels.values() for key in panel]
@@ -66,11 +65,11 @@ def describe(runs, records):
             "cells": [shown(column, number) for column in columns],
             "differing": {column.heading: drawable(shown(column, number)) for column in flags},
             "points": {key: points for key in keys if (points := curve(records[number], key))},
-            "notes": drawable(read_config(run).get("notes", "")),
+            "notes": drawable(flags_of(config).get("notes", "")),
             "command": drawable(config.get("command", "")),
             "config": json.dumps(config, indent=2),
         }
-        for number, (run, config) in enumerate(zip(runs, configs, strict=True))
+        for number, config in enumerate(map(read_description, runs))
     ]
     headings = [column.heading for column in columns]
     differing = [column.heading for column in flags]

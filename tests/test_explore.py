@@ -87,7 +87,7 @@ def test_any_number_of_patches_may_be_visible(page, view, visible, tmp_path):
 def test_the_command_of_a_view_draws_the_same_pictures(source, order, tmp_path, monkeypatch):
     explorer = Explorer(source, CPU)
     picture = Image.open(ROOT / "demo/completions.png").crop((0, 22, 90, 100)).convert("RGB")
-    picture = views.fitted(picture, explorer.config.image_size)
+    picture = complete.fitted_picture(picture, explorer.config.image_size)
     visible = views.block_mask(explorer.config.grid, 3)
     view = View(views.encoded(picture), "mine", visible, seed=5, codes=4, order=order)
     view = view.changed(model=source)
@@ -247,7 +247,8 @@ def test_masks_are_those_of_the_command_and_of_their_names(page):
 
 
 def test_what_is_saved_opens_as_the_same_view(page, view, tmp_path):
-    view = view.changed(order=NEAREST, chosen=(0, 2, 5), seed=3, mask_seed=9, name=HOSTILE)
+    # Codes 0 and 3 differ enough: WebP joins successive frames that hardly differ.
+    view = view.changed(order=NEAREST, chosen=(0, 3, 5), seed=3, mask_seed=9, name=HOSTILE)
     paths = {Path(path).name: Path(path) for path in page.save(view, tmp_path)}
     assert {"everything.zip", "view.json", "picture.png", "completions.png", "walk.webp"} < set(
         paths

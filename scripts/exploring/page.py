@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from complete import open_picture
+from complete import fitted_picture, open_picture
 
 import Data
 from internals.plots import NORMALIZED, picture_grid
@@ -47,7 +47,6 @@ from .views import (
     command_of,
     decoded,
     encoded,
-    fitted,
     open_upload,
     random_mask,
     read_settings,
@@ -106,7 +105,7 @@ class Library:
             )
         except ImageError as error:
             raise InputError(str(error)) from None
-        return encoded(fitted(picture, self.size))
+        return encoded(fitted_picture(picture, self.size))
 
 
 class Page:
@@ -251,7 +250,7 @@ class Changes:
 
     def upload(self, view, event, path):
         """A picture that was sent."""
-        picture = encoded(fitted(open_upload(path), self.page.size))
+        picture = encoded(fitted_picture(open_upload(path), self.page.size))
         return view.changed(picture=picture, name=Path(path).name, chosen=())
 
     def reopen(self, view, event, path):

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from complete import fitted_picture
+from PIL import Image
 
 from internals.decoding import open_image, reason_of
 from Utils import InputError, Stream, mix_seeds, random_uniform
@@ -81,7 +82,7 @@ def from_json(text, size, n_patches):
         picture = check_upload(io.BytesIO(data), len(data)).convert("RGB")
     except Exception as error:  # decoders raise anything for damaged bytes
         raise InputError(f"the picture in the settings can't be read: {reason_of(error)}") from None
-    return view.changed(picture=encoded(fitted(picture, size)))
+    return view.changed(picture=encoded(fitted_picture(picture, size)))
 
 
 def read_settings(path, size, n_patches):
@@ -107,11 +108,6 @@ def command_of(view, numbers, picture="picture.png", overrides=()):
 
 # -------------------------------------------------------------------------------------------------
 # Pictures in.
-
-
-def fitted(picture, size):
-    """A Pillow image as scripts/complete.py fits it to a size (height, width)."""
-    return ImageOps.fit(picture, (size[1], size[0]), Image.BICUBIC)
 
 
 def encoded(picture):
