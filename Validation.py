@@ -116,7 +116,7 @@ class Validation:
             values["time/training_seconds"] = progress.seconds
             progress.validated = step
             self.run.log(step, progress.epoch, values)
-            self.run.draw_curves()
+            self.run.draw_curves_if_due()
             say(summary(step, values))
         finally:  # Keeper.count_time will add this time, which is not training time
             progress.seconds -= time.perf_counter() - start

@@ -323,6 +323,7 @@ class Run:
         self.wandb_mode, self.curves = wandb, curves
         self.waiting_pictures = {}  # file name -> bytes that are not written to the disk yet
         self.waiting_lines = b""  # lines of metrics.jsonl that are not written to the disk yet
+        self.next_drawing = 0.0  # earliest time of draw_curves_if_due, by time.monotonic
 
     def __enter__(self):
         if self.main:
@@ -406,6 +407,13 @@ class Run:
         self.write_waiting()
         os.fsync(self.metrics.fileno())
         return self.metrics.tell()
+
+    def draw_curves_if_due(self):
+        """Draws curves.png if the last drawing, which takes about a second of one core, was more
+        than 30 seconds ago. The end of the run draws it in any case."""
+        if time.monotonic() >= self.next_drawing:
+            self.draw_curves()
+            self.next_drawing = time.monotonic() + 30
 
     def draw_curves(self):
         """Draws curves.png anew from metrics.jsonl."""

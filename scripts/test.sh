@@ -8,4 +8,4 @@ python -m pip install --quiet --disable-pip-version-check -r tests/requirements.
 if [ "${1:-}" = --all ]; then shift; else set -- -m "not slow" "$@"; fi
 python -m ruff check .
 python -m ruff format --check .
-python -m pytest -q "$@"
+OMP_NUM_THREADS=1 python -m pytest -q -n auto --maxprocesses 8 --dist worksteal "$@"

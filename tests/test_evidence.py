@@ -54,6 +54,7 @@ def test_a_class_that_the_nearest_code_gives_away_is_told_from_the_code():
     assert what_codes_add.class_by_code(model, losses, labels, seed=0) == 1 > 2 * says_nothing
 
 
+@pytest.mark.slow
 def test_the_figure_s_table_has_means_and_ranges_over_seeds(tmp_path, capsys):
     for uid in ("a-0", "a-1", "b-1"):
         command(*TINY, "--ignore_z", 1, "--seed", uid[-1], "--uid", uid, "--save_folder", tmp_path)
@@ -75,6 +76,7 @@ def test_a_folder_without_such_runs_is_refused_in_one_line(tmp_path):
         assert "no runs with a --uid of the form ARM-SEED" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_training_time_leaves_out_validation_and_goes_on_with_the_run(tmp_path):
     flags = [*TINY, "--steps_per_eval", 4, "--save_folder", tmp_path, "--uid", "timed"]
     for epochs in (2, 3):

@@ -341,6 +341,7 @@ def test_a_run_leaves_what_the_readme_says(tiny_run):
     assert IO.load_model(tiny_run / "checkpoints/step_00000008.pt").code_dim == 8
 
 
+@pytest.mark.slow
 def test_rankme_is_logged_without_a_probe_by_any_number_of_processes(tmp_path):
     flags = "--epochs 0 --fast_linear_probe 0 --processes 2 --uid x --num_workers 0".split()
     command(*TINY, *flags, "--save_folder", tmp_path)
