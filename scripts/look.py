@@ -32,9 +32,9 @@ from Validation import examples, prepare
 BATCH = 256  # images per pass
 COLUMNS = {  # value of --what -> what the caption says
     "pca": "Features: the first three principal components of all patch tokens, as colours.",
-    "attention": "Heads: what the class token attends to in the last encoder block.",
-    "codes": "Codes: where completions of the masked picture differ.",
-    "neighbors": "Neighbours: the images of --data with the nearest features (cosine similarity).",
+    "attention": "Heads: what the class token attends to in the last encoder block; bright: most.",
+    "codes": "Codes: where completions of the masked picture differ; bright: much.",
+    "neighbors": "Neighbours: images of --data with the nearest features (cosine similarity).",
 }
 
 
