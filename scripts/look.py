@@ -249,8 +249,9 @@ def code_deviations(model, images, *, n_codes, mask_ratio, seed):
 def neighbor_columns(model, data, rows, n, device):
     """The n images of a data set with the features (mean of the patch tokens) of the greatest
     cosine similarity, as columns. An image of the data set is not a neighbour of itself."""
-    if len(data) < 2:
-        raise InputError("--data: neighbours need at least two images")
+    n_others = len(data) - (rows.indices is not None)
+    if not n_others:
+        raise InputError("--data: its one image has no neighbour; choose other columns by --what")
     c, indices, parts = model.config, torch.arange(len(data)), ("mean",)
     loader = Data.ImageLoader(data, partial(fitted, size=c.image_size), num_workers=WORKERS)
     seeds = torch.zeros(max(len(data), n * len(rows.images)), dtype=torch.long)  # no code, no crop
@@ -262,7 +263,7 @@ def neighbor_columns(model, data, rows, n, device):
     similarity = F.normalize(queries, dim=1) @ F.normalize(features, dim=1).T  # (rows, images)
     if rows.indices is not None:
         similarity[torch.arange(len(queries)), rows.indices] = -math.inf
-    values, nearest = similarity.cpu().topk(min(n, len(data) - 1), dim=1)
+    values, nearest = similarity.cpu().topk(min(n, n_others), dim=1)
     _, images = next(loader.chunks(nearest.flatten(), seeds, nearest.numel()))
     pictures = to_pictures(normalize(images, c.mean, c.std), c.mean, c.std)
     pictures = pictures.unflatten(0, nearest.shape)  # (rows, n, 3, H, W)

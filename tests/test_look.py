@@ -1,5 +1,6 @@
 """The sheet of features that scripts/look.py draws."""
 
+import dataclasses
 import math
 import shutil
 import sys
@@ -16,7 +17,9 @@ from PIL import Image
 import Data
 from Augmentation import normalize
 from internals import plots
+from internals.checkpoints import save_checkpoint
 from internals.weights import load_model
+from Models import ModelConfig, build
 from Utils import fastest_dtype
 
 DEMO, NO_CODES = str(ROOT / "demo/imle_mnist.pt"), str(ROOT / "tests/golden/hf_vitmae_tiny")
@@ -219,6 +222,24 @@ def test_a_sheet_shows_each_patch_as_a_square_of_one_colour():
     shown = np.asarray(sheet)[22:42, 38:68, 0].reshape(2, 10, 3, 10)
     assert (shown.max((1, 3)) == maps[0, 0].numpy()).all()
     assert (shown.min((1, 3)) == maps[0, 0].numpy()).all()
+
+
+def test_pictures_of_five_channels_and_16_bits_are_drawn(drawn, tmp_path):
+    sizes = {"image_size": (16, 24), "patch_size": 8, "dim": 8, "depth": 1, "num_heads": 1}
+    sizes |= {"decoder_dim": 8, "decoder_depth": 1, "decoder_num_heads": 1, "channels": 5}
+    model = build(ModelConfig(**sizes, ip_spec=((0, "adain"),), mean=(0.1,) * 5, std=(0.1,) * 5))
+    content = {"model": model.state_dict(), "config": dataclasses.asdict(model.config)}
+    save_checkpoint(tmp_path / "model.pt", content)
+    random, paths = np.random.default_rng(0), [tmp_path / "data/a" / f"{n}.npy" for n in range(3)]
+    paths[0].parent.mkdir(parents=True)
+    for path in paths:
+        np.save(path, random.integers(0, 9999, (20, 24, 5), np.uint16))
+    columns, _ = drawn(tmp_path / "model.pt", paths[1], "--data", tmp_path / "data")
+    shown = columns["picture"].cells
+    assert shown.shape == (1, 3, 16, 24) and torch.equal(shown, columns["neighbour 1"].cells)
+    assert shown.max() > 60, "dark numbers are brightened"
+    assert columns["head 1"].cells.shape == (1, 3, 2, 3)
+    assert list(columns)[-3:] == ["neighbour 1", "neighbour 2", "neighbour 3"], "there are only 3"
 
 
 PICTURE = "demo/completions.png"
