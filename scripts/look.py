@@ -112,7 +112,7 @@ def draw(args):
     pictures = to_pictures(images, c.mean, c.std).cpu()
     columns = [Column("picture", pictures, rows.labels)]
     if "pca" in what:
-        colours = pca_colours(tokens[:, 1:]).unflatten(1, grid).movedim(-1, 1).cpu()
+        colours = pca_colours(tokens[:, 1:]).unflatten(1, grid).movedim(-1, 1)
         columns.append(Column("features", (255 * colours).round().to(torch.uint8)))
     if "attention" in what:
         for number, shares in enumerate(class_attention(model, images).cpu().unbind(1), 1):
@@ -209,8 +209,8 @@ def patch_grid(n_patches, size):
 
 def pca_colours(tokens):
     """The first three principal components of all tokens (N, L, C) as colours from 0 to 1, (N, L,
-    3). In each component, the lowest and highest 2 % of the tokens are clipped."""
-    points = tokens.flatten(0, 1)
+    3), on the CPU. In each component, the lowest and highest 2 % of the tokens are clipped."""
+    points = tokens.flatten(0, 1).cpu()  # whose generator `seeded` sets
     with seeded(0):  # the algorithm starts from random directions, of which more are more exact
         _, _, axes = torch.pca_lowrank(points, q=min(8, *points.shape))
     values = (points - points.mean(0)) @ axes[:, :3]
@@ -255,9 +255,8 @@ def neighbor_columns(model, data, rows, n, device):
     c, indices, parts = model.config, torch.arange(len(data)), ("mean",)
     loader = Data.ImageLoader(data, partial(fitted, size=c.image_size), num_workers=WORKERS)
     seeds = torch.zeros(max(len(data), n * len(rows.images)), dtype=torch.long)  # no code, no crop
-    features = extract(model, loader, indices, seeds, device=device, batch_size=BATCH, parts=parts)[
-        :, 0
-    ]
+    how = {"device": device, "batch_size": BATCH, "parts": parts}
+    features = extract(model, loader, indices, seeds, **how)[:, 0]  # (images, C)
     check_finite(features, "the --data")
     queries = image_features(model, rows.images.to(device), seeds, parts, 0)[:, 0]
     similarity = F.normalize(queries, dim=1) @ F.normalize(features, dim=1).T  # (rows, images)
