@@ -37,6 +37,7 @@ from Models import (
 from Utils import InputError, first_line, naming, say
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+WORKERS = min(8, CORES)  # processes that load images
 SURROGATE_NS = 64  # with fewer codes the surrogate's regression has too few to learn from
 # Flags of one start of a run, not of an experiment: --config never sets them.
 NOT_FROM_CONFIG = ("uid", "resume", "force_resume", "gpus", "processes", "staged", "config")
@@ -86,7 +87,7 @@ def data_flags(parser, training=True):
     add("--skip_bad_images", **SWITCH, default=0, changeable=training,
         help="1: replace each damaged image by another one of its class, up to "
         f"{MOST_BAD * 1000:g} in 1000 of the data set; 0: end with an error at a damaged image.")
-    add("--num_workers", type=whole(0), default=min(8, CORES), metavar="N", changeable=True,
+    add("--num_workers", type=whole(0), default=WORKERS, metavar="N", changeable=True,
         help="Workers per process that load images; default: number of CPU cores, at most 8.")
     add("--loader_timeout", type=real(1), default=120.0, metavar="SECONDS", changeable=True,
         help="Seconds without an image from a loader worker until the program ends with an error.")

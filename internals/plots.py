@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from Utils import InputError, drawable, first_line, say, write_atomically
+from Utils import InputError, drawable, first_line, printable, say, write_atomically
 
 NORMALIZED = (  # in the captions of grids
     " Predicted patches are normalised: shown with the true patches' means and deviations."
@@ -27,14 +27,15 @@ def at_most_a_warning(picture):
         say(f"warning: {picture} was not drawn ({first_line(error)})")
 
 
-def picture_grid(cells, headers, caption, cell_height=96):
+def picture_grid(cells, headers, caption, cell_height=96, labels=()):
     """A Pillow image of a table of pictures with a caption: cells uint8 (rows, columns, 3, H, W),
-    one header per column."""
+    one header per column. labels: for each row its cells' texts, each drawn below its cell and cut
+    to the cell's width."""
     rows, columns, _, h, w = cells.shape
     scale = max(1, round(cell_height / h))
     cells = np.kron(np.asarray(cells.movedim(2, -1)), np.ones((1, 1, scale, scale, 1), np.uint8))
     gap, top, line = 4, 22, 18  # pixels
-    step_x, step_y = w * scale + gap, h * scale + gap
+    step_x, step_y = w * scale + gap, h * scale + gap + line * bool(labels)
     lines = textwrap.wrap(drawable(caption), columns * step_x // 7)
     size = (columns * step_x + gap, top + rows * step_y + gap + line * len(lines))
     canvas = Image.new("RGB", size, "white")
@@ -44,6 +45,11 @@ def picture_grid(cells, headers, caption, cell_height=96):
         draw.text((x + w * scale / 2, top / 2), drawable(header), "black", font, anchor="mm")
         for row in range(rows):
             canvas.paste(Image.fromarray(cells[row, column]), (x, top + row * step_y))
+            if labels:
+                text = printable(labels[row][column])
+                while font.getlength(text) > w * scale:
+                    text = text[:-1]
+                draw.text((x, top + (row + 1) * step_y - gap - line), text, "black", font)
     for number, text in enumerate(lines):
         draw.text((gap, size[1] - line * (len(lines) - number)), text, "black", font)
     return canvas

@@ -58,14 +58,20 @@ def main(argv=None):
     run_command(lambda: draw(args))
 
 
+def size_flag(parser):
+    """Declares --input_size, which IO.height_and_width reads."""
+    # fmt: off
+    parser.add_argument("--input_size", type=whole(1), nargs="+", metavar="PIXELS", help="Side, or "
+        "height and width, of the images that the network sees; default: the model's own size.")
+    # fmt: on
+
+
 def model_flags(parser):
     """Declares the flags that `overrides_of` reads."""
-    add = parser.add_argument
+    size_flag(parser)
     # fmt: off
-    add("--input_size", type=whole(1), nargs="+", metavar="PIXELS", help="Side, or height and "
-        "width, of the images that the network sees; default: the model's own size.")
-    add("--norm_pix_loss", **SWITCH, help="What the model predicts. 1: normalised patches; 0: "
-        "pixels; default: as MODEL's file says, else 1.")
+    parser.add_argument("--norm_pix_loss", **SWITCH, help="What the model predicts. 1: normalised "
+        "patches; 0: pixels; default: as MODEL's file says, else 1.")
     # fmt: on
 
 
@@ -82,17 +88,10 @@ def overrides_of(args):
 @torch.no_grad()
 def draw(args):
     """Writes the grid and the mosaic that the flags ask for."""
-    out = Path(args.out).expanduser()
-    file_format = Image.registered_extensions().get(out.suffix.lower())
-    if file_format not in Image.SAVE or not out.parent.is_dir():
-        raise InputError(f"--out {out}: allowed is an image file, such as grid.png, in a folder")
+    out = picture_path(args.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(args.model, **overrides_of(args)).to(device).eval()
-    pictures = [open_picture(path, model.config.channels) for path in args.pictures]
-    for path, picture in zip(args.pictures, pictures, strict=True):
-        if NOTE in getattr(picture, "info", ()):
-            say(f"note: {path}: {picture.info[NOTE]}")
-            break
+    pictures = open_pictures(args.pictures, model.config.channels)
     n_patches, mask_ratio = math.prod(model.config.grid), args.mask_ratio
     if args.visible is None:
         check_mask_ratio(mask_ratio, n_patches)
@@ -134,6 +133,15 @@ def draw(args):
         save(mosaic, out.with_name(f"{out.stem}_mosaic{out.suffix}"))
 
 
+def picture_path(text):
+    """The path of a picture to write; an InputError where none can be written."""
+    path = Path(text).expanduser()
+    file_format = Image.registered_extensions().get(path.suffix.lower())
+    if file_format not in Image.SAVE or not path.parent.is_dir():
+        raise InputError(f"--out {path}: allowed is an image file, such as grid.png, in a folder")
+    return path
+
+
 def mask_of(visible, n_patches):
     """The mask that shows the patches with the numbers `visible`, as ImplicitMAE.prefix takes it:
     mask noise (1, L) and mask ratio. An InputError if it leaves no patch masked."""
@@ -145,6 +153,16 @@ def mask_of(visible, n_patches):
     noise = torch.ones(1, n_patches)
     noise[0, shown] = 0
     return noise, 1 - (len(shown) + 0.5) / n_patches  # the half guards against rounding down
+
+
+def open_pictures(paths, channels=3):
+    """`open_picture` of all paths; prints the first note that a decoder left."""
+    pictures = [open_picture(path, channels) for path in paths]
+    for path, picture in zip(paths, pictures, strict=True):
+        if NOTE in getattr(picture, "info", ()):
+            say(f"note: {path}: {picture.info[NOTE]}")
+            break
+    return pictures
 
 
 def open_picture(path, channels=3):

@@ -5,8 +5,10 @@ import json
 import re
 import sys
 
+import numpy as np
 import pytest
 import runs
+import torch
 from conftest import command
 from matplotlib.figure import Figure
 from PIL import Image
@@ -130,3 +132,20 @@ def test_class_names_and_titles_are_drawn_as_they_are(tmp_path, texts):
     assert Image.open(tmp_path / "probe.png").size[0] > 500
     (found,) = texts
     assert {NAME, "_b", "c", f"{NAME}: top-1 50.00%"} <= set(found)
+
+
+def test_labels_of_a_grid_stand_below_their_cells_and_are_cut_to_their_width():
+    cells = torch.full((2, 2, 3, 96, 96), 255, dtype=torch.uint8)
+    labels = [["", "W" * 99], ["1\n2", ""]]
+    plain, labelled = (
+        np.asarray(plots.picture_grid(cells, ["", ""], "", labels=some)) for some in ((), labels)
+    )
+    assert labelled.shape == (plain.shape[0] + 2 * 18, *plain.shape[1:]) and plain.min() == 255
+    dark = labelled.min(-1) < 128
+    for row in range(2):
+        top = 22 + row * (96 + 18 + 4)
+        for column in range(2):
+            left = 4 + column * (96 + 4)
+            label = dark[top + 96 : top + 96 + 18 + 4, left : left + 96]
+            assert label.any() == bool(labels[row][column])
+    assert not dark[:, 4 + 96 + 4 + 96 :].any()

@@ -37,6 +37,7 @@ CUT = {  # how a command begins -> what is said behind it, to cut it down
     "python LinearProbe.py .* --fast 1": PROBE + " --val_n_shot 3",
     "python LinearProbe.py": PROBE + " --epochs 1 --lrs 1 --batch_size 16",
     "python scripts/complete.py": "",
+    "python scripts/look.py": "",
     "python scripts/pack.py": "",
     "python scripts/runs.py": "",
     "python scripts/report.py": "",

@@ -71,7 +71,7 @@ class Completed(NamedTuple):
         """The standard deviation over codes (H, W), mean over channels, as a share of white."""
         if len(self.cells) < 2:
             return torch.zeros(self.image.shape[1:])
-        return (self.cells.float() / 255).std(0, correction=0).mean(0)
+        return deviation_of(self.cells)
 
 
 class Explorer:
@@ -180,10 +180,17 @@ def picture_of(cell):
     return Image.fromarray(cell.movedim(0, -1).contiguous().numpy())
 
 
-def heat(deviation):
-    """A map of deviations (H, W) as colours uint8 (3, H, W), from black (none) to the greatest."""
+def deviation_of(cells):
+    """The standard deviation of completions uint8 (K, 3, H, W) over codes: (H, W), mean over
+    channels, as a share of white."""
+    return (cells.float() / 255).std(0, correction=0).mean(0)
+
+
+def heat(values):
+    """A map of numbers from 0 on (H, W) as colours uint8 (3, H, W), from black (0) to the greatest
+    number."""
     colours = import_matplotlib().colormaps["inferno"]
-    scaled = (deviation / deviation.max().clamp(min=1e-6)).numpy()
+    scaled = (values / values.max().clamp(min=1e-6)).numpy()
     return torch.from_numpy((colours(scaled)[..., :3] * 255).astype(np.uint8)).movedim(-1, 0)
 
 
