@@ -220,7 +220,8 @@ def hugging_face_usages(place, is_hub):
     return {
         "transformers": "from transformers import AutoImageProcessor, ViTMAEForPreTraining\n"
         f"processor = AutoImageProcessor.from_pretrained({place!r})\n"
-        f"model = ViTMAEForPreTraining.from_pretrained({place!r})",
+        f"model = ViTMAEForPreTraining.from_pretrained({place!r})\n"
+        f"# Features of whole images: ViTMAEModel.from_pretrained({place!r}, mask_ratio=0.0)",
         "IMLE-SSL": f"from IO import load_model\nmodel = load_model({source!r})",
     }
 
