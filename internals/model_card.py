@@ -92,16 +92,17 @@ def metrics_until(run, step):
     return metrics
 
 
-def model_card(config, source, *, name, library, usages, licence=None):
-    """The text of a model card for a model with this ModelConfig from a Source. usages: {library:
-    lines of Python}; licence: the Hub's name of one, or None."""
+def model_card(config, source, *, name, library, holds, usages, licence=None):
+    """The text of a model card for a model with this ModelConfig from a Source. holds: the parts of
+    the model that are exported; usages: {library: lines of Python}; licence: the Hub's name of one,
+    or None."""
     tags = ["masked-autoencoder", "imle-ssl"]
     metadata = ModelCardData(library_name=library, license=licence, tags=tags).to_yaml()
     blocks = [f"With {title}:\n\n```python\n{lines}\n```" for title, lines in usages.items()]
     return CARD.format(
         metadata=metadata.strip(),
         name=name,
-        description=description(config),
+        description=f"{description(config)} Here is its {holds}.",
         usages="\n\n".join(blocks),
         training=training(source),
         licence=licence_section(source, licence),
@@ -124,8 +125,8 @@ def description(config):
         text += (
             f" Latent codes, injected into it ({places}) and trained by Implicit Maximum Likelihood"
             " Estimation ([Li & Malik 2018](https://arxiv.org/abs/1809.09087)), make each "
-            "completion another one: in IMLE-SSL. Other libraries have no codes: with them the "
-            "model is the MAE that it is without code."
+            "completion another one. Only IMLE-SSL has these codes: for other libraries the model "
+            "is the MAE that it is without code."
         )
     return text
 

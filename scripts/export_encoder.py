@@ -95,7 +95,7 @@ def export(args):
     with naming(f"--format {args.format}: {args.model}"):
         files, usage = make_files(model, source, args)
     try:
-        write_folder(out, files) if whole else write_atomically(out, files[WEIGHTS])
+        write_folder(out.resolve(), files) if whole else write_atomically(out, files[WEIGHTS])
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write {out}: {error}") from None
     print(usage)
@@ -103,7 +103,7 @@ def export(args):
         try:
             print(push(files, args.push, args.private))
         except Exception as error:  # httpx, requests, the Hub and its client raise many kinds
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise InputError(f"--push {args.push}: {reason:.300}; {out} is written") from None
 
 
@@ -132,9 +132,8 @@ def timm_files(model, source, args):
             raise InputError(f"timm's config.json has no place for norm_eps {c.norm_eps:g}")
         lines = f'import timm\nencoder = timm.create_model("hf-hub:{args.push}", pretrained=True)'
         usages = {"timm": f"{lines}\n{features_line(c)}"}
-        card = model_card(
-            c, source, name=args.push, library="timm", usages=usages, licence=args.licence
-        )
+        card = model_card(c, source, name=args.push, library="timm", holds="encoder",
+                          usages=usages, licence=args.licence)  # fmt: skip
         files |= {CONFIG: as_json(timm_config(c)), CARD: card.encode()}
     return files, usage(c, args.out)
 
@@ -207,9 +206,9 @@ def hugging_face_files(model, source, args):
     if c.ip_spec:
         files[INJECTIONS_FILE] = saved(model.injections.state_dict())
     usages = hugging_face_usages(name, args.push)
-    card = model_card(
-        c, source, name=name, library="transformers", usages=usages, licence=args.licence
-    )
+    holds = f"encoder and decoder{', with the injections' if c.ip_spec else ''}"
+    card = model_card(c, source, name=name, library="transformers", holds=holds, usages=usages,
+                      licence=args.licence)  # fmt: skip
     usages = hugging_face_usages(args.push or str(args.out), args.push)
     return files | {CARD: card.encode()}, "\n\n".join(usages.values())
 
