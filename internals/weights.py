@@ -4,7 +4,6 @@ of facebookresearch/mae, and made into a model."""
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import re
 import shutil
@@ -24,6 +23,12 @@ from timm.models import adapt_input_conv
 
 from Augmentation import MEAN, STD
 from internals.checkpoints import newest_checkpoint, read_checkpoint, refuse_unknown
+from internals.hugging_face import (
+    INJECTIONS_FILE,
+    from_hugging_face,
+    hugging_face_fields,
+    our_fields,
+)
 from internals.unwrap import named_tensors, split_key, unwrap
 from Models import PRESETS, ModelConfig, build, sincos_position_embedding
 from Utils import InputError, first_line, say
@@ -51,14 +56,14 @@ SIZES = (  # the fields of ModelConfig that must be equal in weights and model
 )
 
 
-def load_model(source, *, measure=None, **overrides):
+def load_model(source, *, measure=None, complete=False, **overrides):
     """An ImplicitMAE with weights from a path, https://..., hf-hub:OWNER/NAME or gdrive:ID; #NAME
     behind it names one of several networks in a file.
 
     `overrides` replace fields of the weights' ModelConfig; an InputError if the weights do not fit
     them. A missing decoder and missing injections get fresh weights, with a warning. Weights of
     RGB images are adapted to other channels, with a note. measure() gives {"mean", "std"} of the
-    channels where neither overrides nor weights do."""
+    channels where neither overrides nor weights do. complete: fresh weights are an InputError."""
     source, key = split_key(source)
     path = fetch(source)
     with refusing(source, path):
@@ -77,6 +82,8 @@ def load_model(source, *, measure=None, **overrides):
         fresh_parts = load_weights(model, state, weights_config.grid)
     if adapted:
         say(f"note: {source} is adapted to --channels {config.channels}: {adapted}")
+    if complete and fresh_parts:
+        raise InputError(f"{source} is no complete model: it has no {', no '.join(fresh_parts)}")
     for part in fresh_parts:
         say(f"warning: the {part} starts fresh: {source} has none that fits")
     if weights_config.norm_pix_loss != config.norm_pix_loss and "norm_pix_loss" in config_fields:
@@ -165,7 +172,8 @@ def download(source, path):
 
 def fetch_from_hub(source):
     """The path of weights on the Hugging Face Hub, hf-hub:OWNER/NAME[/FILE][@REVISION], in the
-    Hub's own cache. Their config.json, if there is one, is fetched into the same folder."""
+    Hub's own cache. Their config.json and injections, if there are any, are fetched into the same
+    folder."""
     logging.set_verbosity_error()  # hides warnings about retries; the error below says enough
     name, _, revision = source.removeprefix("hf-hub:").partition("@")
     parts = name.split("/", 2)
@@ -181,8 +189,10 @@ def fetch_from_hub(source):
             return None
 
     try:
-        get("config.json")
+        config = get("config.json")
         path = next(filter(None, map(get, files)), None)
+        if not parts[2:] and config and our_fields(config).get("ip_spec"):
+            get(INJECTIONS_FILE)
     except (OSError, ValueError) as error:
         raise InputError(
             f"could not fetch {source} ({first_line(error)}); fetch its config.json and "
@@ -211,8 +221,24 @@ def read_state(path, key=""):
             refuse_unknown(content["config"], vars(ModelConfig()), f"the model in {path}")
         return state, content["config"]
     if any(name.endswith("embeddings.cls_token") for name in state):
-        return from_hugging_face(state), hugging_face_fields(path.with_name("config.json"))
+        fields = hugging_face_fields(path.with_name("config.json"))
+        return with_injections(from_hugging_face(state), fields, path)
     return state, {"norm_pix_loss": False} if "visualize" in path.name else {}
+
+
+def with_injections(state, fields, path):
+    """The state dict with the injections of a model that export_encoder.py wrote to `path`, and
+    its fields of ModelConfig: without injections where their file is missing, as transformers does
+    not write it when it saves such a model again."""
+    if not fields.get("ip_spec"):
+        return state, fields
+    file = path.with_name(INJECTIONS_FILE)
+    if not file.is_file():
+        say(f"warning: {path} is taken as a plain MAE: its injections' file {file} is missing")
+        return state, fields | {"ip_spec": ()}
+    # The prefix keeps a hostile file from replacing other tensors.
+    tensors = read_safetensors(file).items()
+    return state | {f"injections.{name}": tensor for name, tensor in tensors}, fields
 
 
 def read_content(path):
@@ -279,63 +305,6 @@ def without_classifier(state, path):
         say(f"note: {path}: its fc_norm, of the mean of tokens, is taken for the norm of each")
         kept = {re.sub(r"^fc_norm\.", "norm.", name): tensor for name, tensor in kept.items()}
     return kept
-
-
-# Names in ViTMAEForPreTraining and ViTMAEModel, in their files and since transformers 5 -> our
-# names. Queries, keys and values become one tensor afterwards.
-HUGGING_FACE = [
-    (r"^(vit\.)?embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^(vit\.)?embeddings\.position_embeddings$", "pos_embed"),
-    (r"^(vit\.)?embeddings\.", ""),
-    (r"^(vit\.)?(encoder\.layer|layers)\.", "blocks."),
-    (r"^(vit\.)?layernorm\.", "norm."),
-    (r"^decoder\.(decoder_layers|decoder_encoder\.layer)\.", "decoder_blocks."),
-    (r"^decoder\.", ""),
-    (r"\.attention\.(attention\.query|q_proj)\.", ".attn.q."),
-    (r"\.attention\.(attention\.key|k_proj)\.", ".attn.k."),
-    (r"\.attention\.(attention\.value|v_proj)\.", ".attn.v."),
-    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-]
-
-
-def from_hugging_face(state):
-    """A state dict of Hugging Face's ViTMAE in the layout of facebookresearch/mae."""
-    converted = {}
-    for name, tensor in state.items():
-        for pattern, replacement in HUGGING_FACE:
-            name = re.sub(pattern, replacement, name)
-        converted[name] = tensor
-    for name in [name for name in converted if ".attn.q." in name]:
-        parts = [converted.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
-        converted[name.replace(".q.", ".qkv.")] = torch.cat(parts)
-    return converted
-
-
-def hugging_face_fields(path):
-    """The fields of ModelConfig that a ViTMAE's config.json gives; none where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError:
-        raise InputError(f"{path} is no JSON") from None
-    if content.get("hidden_act", "gelu") != "gelu":
-        raise InputError(f"{path}: hidden_act {content['hidden_act']!r}; allowed is gelu")
-    names = {
-        "num_attention_heads": "num_heads",
-        "decoder_num_attention_heads": "decoder_num_heads",
-        "layer_norm_eps": "norm_eps",
-        "norm_pix_loss": "norm_pix_loss",
-    }
-    config_fields = {ours: content[theirs] for theirs, ours in names.items() if theirs in content}
-    if "image_size" in content:
-        size = content["image_size"]
-        config_fields["image_size"] = tuple(size) if isinstance(size, list) else (size, size)
-    return config_fields
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """What the tests share: the repository on the path, and tiny runs of the real command."""
 
+import contextlib
+import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -127,6 +130,52 @@ def imle_alone_run(tmp_path_factory):
     flags = ["--mae_loss_weight", 0, "--steps_per_eval", 2, "--uid", "tiny"]
     command(*TINY, *flags, "--save_folder", save_folder)
     return run_folder(save_folder)
+
+
+@contextlib.contextmanager
+def server(files, answer=None):
+    """An HTTP server with files {path: bytes or (bytes, announced size)}, as the Hugging Face Hub
+    answers; yields its address and the list of the requests that it got. answer(path, body): the
+    status and the JSON that a POST is answered with."""
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append((self.command, self.path))
+            content = files.get(self.path)
+            self.send_response(404 if content is None else 200)
+            content, size = content if isinstance(content, tuple) else (content or b"", None)
+            if not files.get(self.path):
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", str(len(content) if size is None else size))
+            self.send_header("ETag", f'"{hash(content)}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def do_POST(self):
+            requests.append((self.command, self.path))
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            status, content = answer(self.path, body)
+            content = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{running.server_port}", requests
+    finally:
+        running.shutdown()
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """Weights from everywhere: what loads, what is refused, what is fetched; exporting them."""
 
 import argparse
-import contextlib
 import dataclasses
-import http.server
 import itertools
 import json
 import pickle
@@ -18,7 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import DEMO_DATA, ROOT, TINY, command
+from conftest import DEMO_DATA, ROOT, TINY, command, server
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -283,40 +281,6 @@ def test_training_files_of_mae_which_hold_a_namespace_load(tmp_path, state):
 
 # -------------------------------------------------------------------------------------------------
 # Fetching, from a server of our own.
-
-
-@contextlib.contextmanager
-def server(files):
-    """An HTTP server with files {path: bytes or (bytes, announced size)}, as the Hugging Face Hub
-    answers; yields its address and the list of the requests that it got."""
-    requests = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            requests.append((self.command, self.path))
-            content = files.get(self.path)
-            self.send_response(404 if content is None else 200)
-            content, size = content if isinstance(content, tuple) else (content or b"", None)
-            if not files.get(self.path):
-                self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("Content-Length", str(len(content) if size is None else size))
-            self.send_header("ETag", f'"{hash(content)}"')
-            self.send_header("X-Repo-Commit", "0" * 40)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content)
-
-        do_HEAD = do_GET  # noqa: N815
-
-        def log_message(self, *_):
-            pass
-
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{running.server_port}", requests
-    finally:
-        running.shutdown()
 
 
 def test_an_address_is_fetched_once_even_by_several_at_once(tmp_path, monkeypatch):
