@@ -1,9 +1,12 @@
 """Writes a model's encoder to a file for timm's VisionTransformer and prints how to load it."""
 
 import argparse
+import functools
 
 import _path  # noqa: F401 (makes the modules importable)
 import safetensors.torch
+import timm
+import torch
 
 from Augmentation import MEAN, STD
 from internals.processes import run_command
@@ -25,21 +28,38 @@ def main(argv=None):
 def export(source, out):
     """Writes the encoder's tensors, which have timm's names, and prints how to load them."""
     model = load_model(source)
-    state = {k: v.contiguous() for k, v in model.state_dict().items() if k.startswith(ENCODER)}
     try:
-        write_atomically(out, safetensors.torch.save(state, {"format": "pt"}))
+        write_atomically(out, safetensors.torch.save(encoder_state(model), {"format": "pt"}))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write {out}: {error}") from None
     print(usage(model.config, out))
 
 
+def encoder_state(model):
+    """The encoder's tensors by timm's names."""
+    return {k: v.contiguous() for k, v in model.state_dict().items() if k.startswith(ENCODER)}
+
+
+def timm_sizes(config):
+    """The encoder's sizes by timm's names, a dict."""
+    sizes = {"img_size": tuple(config.image_size), "patch_size": config.patch_size}
+    sizes |= {"embed_dim": config.dim, "depth": config.depth, "num_heads": config.num_heads}
+    return sizes | ({"in_chans": config.channels} if config.channels != 3 else {})
+
+
+def timm_network(model, **options):
+    """timm's VisionTransformer with the encoder's weights. Its forward_features are the model's
+    `encode`. options: further arguments, of a head for example."""
+    options["norm_layer"] = functools.partial(torch.nn.LayerNorm, eps=model.config.norm_eps)
+    network = timm.models.VisionTransformer(**timm_sizes(model.config), **options)
+    network.load_state_dict(network.state_dict() | encoder_state(model))
+    return network
+
+
 def usage(config, out):
     """Lines of Python that load the encoder and compute features (N, 1+L, C)."""
     c = config
-    arguments = f"img_size={tuple(c.image_size)}, patch_size={c.patch_size}, embed_dim={c.dim}, "
-    arguments += f"depth={c.depth}, num_heads={c.num_heads}, num_classes=0"
-    if c.channels != 3:
-        arguments += f", in_chans={c.channels}"
+    arguments = ", ".join(f"{k}={v}" for k, v in {**timm_sizes(c), "num_classes": 0}.items())
     if c.norm_eps != 1e-6:
         arguments += f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={c.norm_eps})"
     norm = "ImageNet's mean and std"
