@@ -666,7 +666,7 @@ def finetune_parser():
     parser.add_argument("model", metavar="MODEL",
         help=f"Weights of the encoder: {SOURCES}; untrained:MODEL: fresh weights, same sizes.")
     data_flags(parser, training=False)
-    add = parser.group("fine-tuning (defaults: those of MAE for ViT-B, but for --batch_size)")
+    add = parser.group("fine-tuning (MAE's values for ViT-B, but for --batch_size)")
     add("--epochs", type=whole(1), default=100, metavar="N",
         help="Number of passes over the training images.")
     add("--batch_size", type=whole(2), default=128, metavar="IMAGES",
