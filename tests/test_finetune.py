@@ -187,15 +187,11 @@ def test_a_checkpoint_of_other_flags_or_a_damaged_one_is_refused(finished, tmp_p
 
 @pytest.mark.slow
 def test_downstream_makes_each_row_once(tiny_run, tmp_path):
-    """With two runs, cut down; started again, it computes only what is missing."""
+    """With one run, cut down; started again, it computes only what is missing."""
     (tmp_path / "models").mkdir()
-    for arm in ("mae", "mine"):
-        (tmp_path / f"models/x-{arm}-0").symlink_to(tiny_run)
-    settings = {"OUT": tmp_path / "out", "RUNS": tmp_path, "ARMS": "mae mine", "SHOTS": "2 -1"}
-    settings |= {
-        "FINETUNE": "--epochs 1 --batch_size 8",
-        "PROBE": "--epochs 1 --batch_size 4 --lrs 1",
-    }
+    (tmp_path / "models/x-mine-0").symlink_to(tiny_run)
+    settings = {"OUT": tmp_path / "out", "RUNS": tmp_path, "ARMS": "mine", "SHOTS": "4"}
+    settings |= {"FINETUNE": "--epochs 1 --batch_size 8", "PROBE": "--epochs 1 --lrs 1"}
     environment = {**os.environ, "PATH": PATH, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
     environment |= {name: str(value) for name, value in settings.items()}
     flags = [*DEMO_DATA, *"--gpus cpu --num_workers 0 --train_n_way 2".split()]
@@ -206,15 +202,15 @@ def test_downstream_makes_each_row_once(tiny_run, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.splitlines()
 
-    first = downstream()
-    table = first[-5:]
-    assert [line.split()[1] for line in table[2:]] == ["mae", "mine", "untrained"]
+    table = downstream()[-4:]
     results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("out/*.json")}
-    assert len(results) == 9 and results["mae-probe2"]["n_train"] == 4
-    assert f"{results['mine-finetuned']['accuracy']:.3f}" in table[3]
+    parts = [f"{arm}-{part}" for arm in ("mine", "untrained") for part in ("finetuned", "probe4")]
+    assert sorted(results) == parts and results["mine-probe4"]["n_train"] == 8
     assert results["untrained-finetuned"]["model"].startswith("untrained:")
-    assert downstream() == table
-    (tmp_path / "out/mine-probe2.json").unlink()
+    for row, arm in zip(table[2:], ("mine", "untrained"), strict=True):
+        tuned, probe = results[f"{arm}-finetuned"], results[f"{arm}-probe4"]
+        assert row.split()[1:6:2] == [arm, f"{tuned['accuracy']:.3f}", f"{probe['top1']:.3f}"]
+    (tmp_path / "out/mine-probe4.json").unlink()
     again = downstream()
-    assert again[0].startswith("mine-probe2: ") and again[-5:] == table
-    assert sum("LinearProbe.py" in line or "finetune.py" in line for line in again) == 1
+    assert again[-4:] == table
+    assert [line.split()[0] for line in again if ".py" in line] == ["mine-probe4:"]
