@@ -315,6 +315,15 @@ def changeable_flags(parser):
     return {action.dest for action in parser._actions if getattr(action, "changeable", False)}
 
 
+def settings(flags, parser):
+    """The flags that a result depends on, a dict: with others, a probe or a fine-tuning is another
+    one. Paths of data are resolved: it goes on by another path to the same place."""
+    changeable = changeable_flags(parser)
+    kept = {name: value for name, value in vars(flags).items() if name not in changeable}
+    paths = {name: str(Path(kept[name]).expanduser().resolve()) for name in ("data_tr", "data_val")}
+    return kept | paths
+
+
 def architecture_flags(config_class=ModelConfig):
     """Names of the flags that determine the model: a run can never go on with another value."""
     fields = {field.name for field in dataclasses.fields(config_class)}
@@ -647,6 +656,43 @@ def probe_parser():
     return parser
 
 
+def finetune_parser():
+    """The parser of scripts/finetune.py."""
+    parser = Parser(
+        prog="finetune.py",
+        usage="finetune.py MODEL --data_tr PATH --data_val PATH [flags]",
+        description="Fine-tune an encoder to classify images, with MAE's recipe. The last line of "
+        "the output is the result as JSON. The same command again goes on after its last epoch.",
+    )
+    parser.add_argument("model", metavar="MODEL",
+        help=f"Weights of the encoder: {SOURCES}; untrained:MODEL: fresh weights, same sizes.")
+    data_flags(parser, training=False)
+    add = parser.group("fine-tuning (MAE's values for ViT-B, but for --batch_size)")
+    add("--epochs", type=whole(1), default=100, metavar="N",
+        help="Number of passes over the training images.")
+    add("--batch_size", type=whole(2), default=128, metavar="IMAGES",
+        help="Number of images per gradient step, even; MAE has 1024.")
+    add("--lr", type=real(0), default=5e-4, metavar="RATE",
+        help="Peak learning rate of the head, for 256 images per step. It rises for a twentieth of "
+        "the steps, then follows a cosine to 0.")
+    add("--layer_decay", type=real(0.01, 1), default=0.65, metavar="X",
+        help="Each block learns with X times the rate of the block after it; 1: with the same.")
+    add("--wd", type=real(0), default=0.05, metavar="RATE",
+        help="Weight decay of AdamW; biases, norms and tokens have none.")
+    add("--drop_path", type=real(0, 0.99), default=0.1, metavar="SHARE",
+        help="Stochastic depth: share of images for which the last block is left out; earlier "
+        "blocks have smaller shares.")
+    add("--mixup", type=real(0), default=0.8, metavar="ALPHA",
+        help="Mixup: the share of the second image is drawn from Beta(ALPHA, ALPHA); 0: off.")
+    add("--cutmix", type=real(0), default=1.0, metavar="ALPHA",
+        help="CutMix: the area from the second image is drawn from Beta(ALPHA, ALPHA); 0: off.")
+    add("--gpus", changeable=True, metavar="ID",
+        help="Id of one CUDA GPU, or `cpu`; default: the first GPU, else the CPU.")
+    add("--out", default="finetuned.pt", changeable=True, metavar="FILE",
+        help="Checkpoint, written after each epoch, from which the same command goes on.")
+    return parser
+
+
 # fmt: on
 ONLY_FAST = "val_n_way val_n_shot probe_lr probe_epochs probe_bs probe_augs_per_image".split()
 ONLY_FULL = (
@@ -659,6 +705,20 @@ def parse_probe_flags(argv=None):
     parser = probe_parser()
     with parser.errors():
         return resolve_probe_flags(parser.parse_args(argv), parser.get_default)
+
+
+def parse_finetune_flags(argv=None):
+    """The flags of scripts/finetune.py, checked; ends the program on a mistake."""
+    parser = finetune_parser()
+    with parser.errors():
+        flags = parser.parse_args(argv)
+        (flags.gpus,) = device_names(flags.gpus and [flags.gpus], 1)
+        flags.out = Path(flags.out).expanduser()
+        if not os.access(flags.out.parent, os.W_OK):
+            refuse(flags, "out", "its folder does not exist, or can't be written to")
+        if flags.batch_size % 2:
+            refuse(flags, "batch_size", "Mixup mixes pairs of images; use an even number")
+    return flags
 
 
 def resolve_probe_flags(args, default):

@@ -172,6 +172,11 @@ def main(argv=None):
 def start(flags):
     """Opens the data, and runs the probe in one process per device."""
     check_writable(Path(flags.save_folder).expanduser() / "probes")
+    launch(run, flags.gpus, flags, *open_labelled(flags))
+
+
+def open_labelled(flags):
+    """The training and the validation images that the data flags name, of the same classes."""
     images_tr, images_val = Data.open_pair(
         flags.data_tr,
         flags.data_val,
@@ -191,7 +196,7 @@ def start(flags):
         if extra and flags.train_n_way == -1:
             more = f" ({len(extra)} such)" * (len(extra) > 1)
             raise InputError(f"the training data has no class {extra[0]}, which this has{more}")
-    launch(run, flags.gpus, flags, images_tr, images_val)
+    return images_tr, images_val
 
 
 def run(flags, images_tr, images_val):
@@ -247,10 +252,7 @@ def run_full_probe(flags, model, images_tr, images_val, device, stop):
         images_per_pass=flags.probe_bs_val, use_augs=flags.use_augs, seed=flags.seed,
         num_workers=flags.num_workers, loader_timeout=flags.loader_timeout, stop=stop,
     )
-    changeable = IO.changeable_flags(IO.probe_parser())
-    settings = {name: value for name, value in vars(flags).items() if name not in changeable}
-    for name in ("data_tr", "data_val"):  # a probe goes on by another path to the same place
-        settings[name] = str(Path(settings[name]).expanduser().resolve())
+    settings = IO.settings(flags, IO.probe_parser())
     folder = probe_folder(
         flags.save_folder, flags.model, settings["data_tr"], model=model, settings=settings,
     )

@@ -4,6 +4,7 @@ how to load it. Can upload it to the Hugging Face Hub.
 python scripts/export_encoder.py MODEL OUT --format hf --push OWNER/NAME"""
 
 import argparse
+import functools
 import json
 import re
 import secrets
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import _path  # noqa: F401 (makes the modules importable)
 import safetensors.torch
+import timm
+import torch
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import HFValidationError, logging, validate_repo_id
 
@@ -125,8 +128,7 @@ def as_json(content):
 def timm_files(model, source, args):
     """The encoder's file and, with --push, the other files of a repository that timm loads, {name:
     bytes}; how to load the file OUT."""
-    state = {n: x for n, x in model.state_dict().items() if n.startswith(ENCODER)}
-    files, c = {WEIGHTS: saved(state)}, model.config
+    files, c = {WEIGHTS: saved(encoder_state(model))}, model.config
     if args.push:
         if c.norm_eps != 1e-6:
             raise InputError(f"timm's config.json has no place for norm_eps {c.norm_eps:g}")
@@ -138,12 +140,26 @@ def timm_files(model, source, args):
     return files, usage(c, args.out)
 
 
+def encoder_state(model):
+    """The encoder's tensors by timm's names."""
+    return {n: x for n, x in model.state_dict().items() if n.startswith(ENCODER)}
+
+
 def timm_arguments(config):
-    """The arguments of timm's VisionTransformer for the encoder of a ModelConfig."""
+    """The arguments of timm's VisionTransformer for the encoder of a ModelConfig, without head."""
     c = config
     arguments = {"img_size": tuple(c.image_size), "patch_size": c.patch_size, "embed_dim": c.dim}
     arguments |= {"depth": c.depth, "num_heads": c.num_heads, "num_classes": 0}
     return arguments | ({"in_chans": c.channels} if c.channels != 3 else {})
+
+
+def timm_network(model, **options):
+    """timm's VisionTransformer with the encoder's weights. Its forward_features are the model's
+    `encode`. options: further arguments, of a head for example."""
+    options["norm_layer"] = functools.partial(torch.nn.LayerNorm, eps=model.config.norm_eps)
+    network = timm.models.VisionTransformer(**timm_arguments(model.config) | options)
+    network.load_state_dict(network.state_dict() | encoder_state(model))
+    return network
 
 
 def timm_config(config):

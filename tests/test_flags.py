@@ -420,16 +420,19 @@ def test_a_mistake_in_a_config_names_the_file_and_the_flag(tmp_path, capsys, con
     assert re.search(f"error: --config {re.escape(str(path))}: {message}", line), line
 
 
+PARSERS = IO.training_parser, IO.probe_parser, IO.finetune_parser
+
+
 def declared(parser):
-    return [action for action in parser._actions if action.dest != "help"]
+    flags = [action for action in parser._actions if action.option_strings]
+    return [action for action in flags if action.dest != "help"]
 
 
 def test_every_flag_is_read_somewhere():
-    sources = "\n".join(
-        path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("internals/*.py")]
-    )
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("internals/*.py"), ROOT / "scripts/finetune.py"]
+    sources = "\n".join(path.read_text() for path in paths)
     in_models = {field.name for field in dataclasses.fields(Models.ModelConfig)}
-    for parser in IO.training_parser(), IO.probe_parser():
+    for parser in (make() for make in PARSERS):
         for name in (action.dest for action in declared(parser)):
             read = rf"\b(flags|args|new)(\.{name}\b|\[\"{name}\"\])(?! = )"
             assert name in in_models or re.search(read, sources), f"nothing reads --{name}"
@@ -440,6 +443,7 @@ def test_every_flag_is_read_somewhere():
     [
         (IO.parse_flags, IO.training_parser),
         (IO.parse_probe_flags, IO.probe_parser),
+        (IO.parse_finetune_flags, IO.finetune_parser),
     ],
 )
 def test_help_lists_every_flag_with_its_default(capsys, program, parser):
@@ -458,7 +462,7 @@ def test_help_lists_every_flag_with_its_default(capsys, program, parser):
 
 
 def test_each_help_text_is_whole_sentences():
-    for parser in IO.training_parser(), IO.probe_parser():
+    for parser in (make() for make in PARSERS):
         for action in declared(parser):
             text = action.help
             assert re.match("[A-Z01]", text) and text.endswith((".", ")")), text

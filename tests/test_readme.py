@@ -20,6 +20,7 @@ SMALL = (
     "--ex_for_mse_loss 8 --ex_for_vis_te 2 --ex_for_vis_tr 2 --z_per_ex_vis 2 --val_n_shot 3 "
     "--probe_epochs 1 --train_n_way 4 --train_n_shot 6"
 )
+SMALL_FINETUNING = "--gpus cpu --num_workers 0 --epochs 1 --batch_size 16"
 PROBE = "--gpus cpu --num_workers 0 --input_size 28"
 TINY = "--arch vit_demo --input_size 28 --repeats 1 --device cpu"
 CUT = {  # how a command begins -> what is said behind it, to cut it down
@@ -28,6 +29,8 @@ CUT = {  # how a command begins -> what is said behind it, to cut it down
     "bash scripts/ablations.sh": SMALL,
     "bash scripts/figure_cifar10.sh": SMALL
     + " --data_tr demo/mnist_train.tar --data_val demo/mnist_val.tar",
+    "bash scripts/downstream.sh": SMALL_FINETUNING
+    + " --data_tr data/imagenet/train --data_val data/imagenet/val",
     "bash scripts/figure_imagenet.sh": SMALL + " --ip_spec 3 adain",
     "bash scripts/imle_from_scratch.sh": SMALL + " --ip_spec 3 adain",
     "bash scripts/mae_from_scratch.sh": SMALL,
@@ -36,6 +39,7 @@ CUT = {  # how a command begins -> what is said behind it, to cut it down
     "python TrainIMLE.py --data_tr": SMALL + " --finetune 0",
     "python LinearProbe.py .* --fast 1": PROBE + " --val_n_shot 3",
     "python LinearProbe.py": PROBE + " --epochs 1 --lrs 1 --batch_size 16",
+    "python scripts/finetune.py": SMALL_FINETUNING,
     "python scripts/complete.py": "",
     "python scripts/look.py": "",
     "python scripts/pack.py": "",
@@ -64,6 +68,10 @@ ELSEWHERE = {  # the beginnings of others -> why they are not run here
 }
 WORDS = {  # what stands for a user's own
     "DATA/": "data/imagenet/",
+    "data/cifar10/": "data/imagenet/",
+    "--train_n_shot SHOT": "--train_n_shot 2",
+    "SEED=1 bash scripts/downstream.sh": "bash scripts/downstream.sh",
+    "bash scripts/downstream.sh": "RUNS=runs SHOTS=2 bash scripts/downstream.sh",
     "IMAGENET_TRAIN --data_val IMAGENET_VAL": "data/imagenet/train --data_val data/imagenet/val",
     "SOURCE": "demo/imle_mnist.pt",
     "MODEL": "demo/imle_mnist.pt",

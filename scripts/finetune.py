@@ -1,0 +1,120 @@
+"""Fine-tunes an encoder to classify images, by timm's parts of MAE's recipe (He et al. 2022, A.1):
+layer-wise decay of learning rates, Mixup and CutMix, label smoothing, stochastic depth."""
+
+import json
+import math
+import time
+from functools import partial
+
+import _path  # noqa: F401 (makes the modules importable)
+import timm
+import torch
+from export_encoder import timm_network
+from timm.loss import SoftTargetCrossEntropy
+from timm.scheduler import create_scheduler_v2
+
+import Data
+import IO
+import Utils
+from Augmentation import normalize, transforms
+from internals.checkpoints import Checkpoints, read_run_checkpoint, save_checkpoint
+from internals.encoders import load_encoder
+from internals.processes import run_command
+from LinearProbe import open_labelled
+from Models import ImplicitMAE
+from Utils import InputError, RunError, Stream, mix_seeds
+
+
+# fmt: off
+def labelled(images, transform, rows, seed, *, config, device, num_workers, timeout):
+    """Yields images (n,C,H,W), cropped by seed, normalised, and labels (n,), for each of `rows`."""
+    Data.use_channels(images, config.channels)
+    options = {"num_workers": num_workers, "timeout": timeout, "pin_memory": device.type == "cuda"}
+    loader = Data.ImageLoader(images, transform, **options)
+    indices, labels = torch.arange(len(images)), torch.as_tensor(images.targets)
+    seeds = mix_seeds(seed, Stream.IMAGE, indices)
+    for batch, pixels in Data.copied(loader.load(indices, seeds, rows), device):
+        yield normalize(pixels, config.mean, config.std), labels[batch].to(device)
+
+
+def train_epoch(network, batches, mix, optimizer, scheduler, scaler, *, first_step, seed, dtype):
+    """Takes a gradient step with each batch (images, labels). Returns the mean loss."""
+    losses = []
+    for step, (images, labels) in enumerate(batches, first_step):
+        timm.utils.random_seed(int(mix_seeds(seed, step)) % 2**32)  # for Mixup and stochastic depth
+        images, targets = mix(images, labels)
+        scheduler.step_update(step)
+        with Utils.autocast(images.device, dtype):
+            loss = SoftTargetCrossEntropy()(network(images), targets)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean().item()
+
+
+def accuracy(network, batches, device, dtype):
+    """The share of the images in batches (images, labels) that the network classifies correctly."""
+    with torch.no_grad(), Utils.autocast(device, dtype):
+        right = [network(images).argmax(1) == labels for images, labels in batches]
+    return torch.cat(right).double().mean().item()
+
+
+def finetune(flags):
+    """Fine-tunes as the flags say. After each epoch, the file --out holds all to go on from."""
+    device, size, pair = torch.device(flags.gpus), flags.batch_size, open_labelled(flags)
+    dtype, n, n_classes = Utils.fastest_dtype(device), len(pair[0]), len(pair[0].classes)
+    if size > n:
+        raise InputError(f"--batch_size {size}: at most {n} is allowed, the number of images")
+    with Utils.naming("MODEL"):
+        model = load_encoder(flags.model, seed=flags.seed)
+        if not isinstance(model, ImplicitMAE):
+            raise InputError(f"{flags.model} is no MAE; timm's train.py fine-tunes timm's models")
+    torch.manual_seed(flags.seed)
+    network = timm_network(
+        model, num_classes=n_classes, global_pool="avg", fc_norm=False,
+        drop_path_rate=flags.drop_path).to(device)
+    optimizer = timm.optim.create_optimizer_v2(
+        network, "adamw", flags.lr * size / 256, flags.wd, layer_decay=flags.layer_decay)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, num_epochs=flags.epochs, warmup_epochs=flags.epochs / 20, step_on_epochs=False,
+        updates_per_epoch=(steps := n // size))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    mix = timm.data.Mixup(
+        flags.mixup, flags.cutmix, prob=flags.mixup + flags.cutmix > 0, num_classes=n_classes)
+    history, parts = [], {"model": network, "optimizer": optimizer, "scaler": scaler}
+    command = [IO.settings(flags, IO.finetune_parser()), Data.fingerprints(*pair)]
+    checkpoint = Checkpoints(flags.out, **parts, history=history, command=command)
+    if flags.out.exists():
+        saved = read_run_checkpoint(flags.out, checkpoint.parts.keys())
+        if saved["command"] != command:
+            raise InputError(f"--out {flags.out}: of other flags or images; choose another file")
+        checkpoint.restore(saved)
+        history += saved["history"]
+    batches_tr, batches_val = (
+        partial(labelled, images, transform, config=model.config, device=device,
+                num_workers=flags.num_workers, timeout=flags.loader_timeout)
+        for images, transform in zip(pair, transforms(model.config.image_size, flags.use_augs),
+                                     strict=True))
+    for epoch in range(len(history), flags.epochs):
+        start, seed = time.perf_counter(), mix_seeds(flags.seed, Stream.MINIBATCH, epoch)
+        batches = batches_tr(Utils.permutation(n, seed).split(size)[:steps], seed)
+        loss = train_epoch(
+            network.train(), batches, mix, optimizer, scheduler, scaler, first_step=epoch * steps,
+            seed=flags.seed, dtype=dtype)
+        if not math.isfinite(loss):
+            raise RunError(f"the loss of epoch {epoch + 1} is not finite; try a lower --lr")
+        batches = batches_val(torch.arange(len(pair[1])).split(256), 0)
+        numbers = {"loss": loss, "accuracy": accuracy(network.eval(), batches, device, dtype)}
+        history.append({**numbers, "seconds": round(time.perf_counter() - start, 1)})
+        save_checkpoint(flags.out, checkpoint.state_dict())
+        Utils.say(f"epoch {epoch + 1}/{flags.epochs}: {json.dumps(history[-1])}")
+    seconds = round(sum(numbers["seconds"] for numbers in history), 1)
+    result = {"steps": flags.epochs * steps, "seconds": seconds, "n_train": n}
+    Utils.say(json.dumps({"model": flags.model, "accuracy": history[-1]["accuracy"], **result}))
+
+
+# fmt: on
+if __name__ == "__main__":
+    run_command(lambda: finetune(IO.parse_finetune_flags()))
