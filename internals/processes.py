@@ -1,6 +1,7 @@
 """How a program starts, is launched in several processes, is stopped and ends."""
 
 import contextlib
+import errno
 import faulthandler
 import multiprocessing
 import os
@@ -215,7 +216,7 @@ def open_streams():
 
 
 def explain(error):
-    """One line for an error of torch that users may meet; None for any other error."""
+    """One line for an error that users may meet; None for any other error."""
     text = str(error).strip() or type(error).__name__
     first = text.splitlines()[0]
     if "</torch_" in text or "out of shared memory" in text:  # from a worker, in a traceback
@@ -229,6 +230,8 @@ def explain(error):
             "also --ns), --mini_bs or raise --accum (gradient steps), lower --eval_bs or "
             "--probe_bs_val (validation)"
         )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"a file could not be written ({first})"
     if "Connection closed by peer" in text or "Connection reset by peer" in text:
         return "another process of this run has ended"
     if text.startswith("DataLoader worker"):

@@ -186,6 +186,25 @@ def test_a_checkpoint_of_other_flags_or_a_damaged_one_is_refused(finished, tmp_p
 
 
 @pytest.mark.slow
+def test_a_disk_that_is_full_ends_in_one_line_and_the_epoch_before_stays(tmp_path):
+    out, small = tmp_path / "mine.pt", "import finetune, resource, sys, IO\n"
+    small += "from internals.processes import run_command\n"
+    small += "save = finetune.save_checkpoint\n"
+    small += "def limited(path, content):\n"
+    small += "    if len(content['history']) == 2:\n"
+    small += "        resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))\n"
+    small += "    save(path, content)\n"
+    small += "finetune.save_checkpoint = limited\n"
+    small += "run_command(lambda: finetune.finetune(IO.parse_finetune_flags(sys.argv[1:])))"
+    words = [CHECKPOINT, *DEMO_DATA, *RECIPE, "--out", out]
+    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"}
+    done = command(*words, program=(sys.executable, "-c", small), check=False, **paths)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: a file could not be written (")
+    assert len(saved(out)["history"]) == 1
+
+
+@pytest.mark.slow
 def test_downstream_makes_each_row_once(tiny_run, tmp_path):
     """With one run, cut down; started again, it computes only what is missing."""
     (tmp_path / "models").mkdir()
