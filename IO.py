@@ -70,7 +70,7 @@ def training_parser():
 
 # fmt: off
 def data_flags(parser, training=True):
-    """training=False: for LinearProbe.py, whose result depends on more of these flags."""
+    """training=False: for probes and fine-tuning, whose results depend on more of these flags."""
     add = parser.group("data")
     add("--data_tr", required=True, metavar="PATH", help=f"Training images: {IMAGES}.")
     add("--data_val", required=True, metavar="PATH", changeable=training,
@@ -316,8 +316,8 @@ def changeable_flags(parser):
 
 
 def settings(flags, parser):
-    """The flags that a result depends on, a dict: with others, a probe or a fine-tuning is another
-    one. Paths of data are resolved: it goes on by another path to the same place."""
+    """The flags that a result depends on, {name: value}: a probe or a fine-tuning goes on only if
+    they are equal. Paths of data are absolute: all paths to one place are equal."""
     changeable = changeable_flags(parser)
     kept = {name: value for name, value in vars(flags).items() if name not in changeable}
     paths = {name: str(Path(kept[name]).expanduser().resolve()) for name in ("data_tr", "data_val")}
@@ -661,8 +661,9 @@ def finetune_parser():
     parser = Parser(
         prog="finetune.py",
         usage="finetune.py MODEL --data_tr PATH --data_val PATH [flags]",
-        description="Fine-tune an encoder to classify images, with MAE's recipe. The last line of "
-        "the output is the result as JSON. The same command again goes on after its last epoch.",
+        description="Fine-tune an encoder to classify images, by parts of MAE's recipe. The last "
+        "line of the output is the result as JSON. The same command goes on after the last "
+        "finished epoch.",
     )
     parser.add_argument("model", metavar="MODEL",
         help=f"Weights of the encoder: {SOURCES}; untrained:MODEL: fresh weights, same sizes.")
@@ -712,7 +713,7 @@ def parse_finetune_flags(argv=None):
     parser = finetune_parser()
     with parser.errors():
         flags = parser.parse_args(argv)
-        (flags.gpus,) = device_names(flags.gpus and [flags.gpus], 1)
+        flags.gpus = device_names(flags.gpus and [flags.gpus], 1)[0]
         flags.out = Path(flags.out).expanduser()
         if not os.access(flags.out.parent, os.W_OK):
             refuse(flags, "out", "its folder does not exist, or can't be written to")

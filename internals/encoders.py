@@ -57,6 +57,34 @@ def load_encoder(source, *, size=None, seed=0, dtype=torch.float32):
 
 
 # -------------------------------------------------------------------------------------------------
+# Encoders for elsewhere.
+
+ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+
+
+def encoder_state(model):
+    """The encoder's tensors by timm's names."""
+    return {n: x for n, x in model.state_dict().items() if n.startswith(ENCODER)}
+
+
+def timm_arguments(config):
+    """The arguments of timm's VisionTransformer for the encoder of a ModelConfig, without head."""
+    c = config
+    arguments = {"img_size": tuple(c.image_size), "patch_size": c.patch_size, "embed_dim": c.dim}
+    arguments |= {"depth": c.depth, "num_heads": c.num_heads, "num_classes": 0}
+    return arguments | ({"in_chans": c.channels} if c.channels != 3 else {})
+
+
+def timm_network(model, **options):
+    """timm's VisionTransformer with the encoder's weights. Its forward_features are the model's
+    `encode`. options: further arguments, of a head for example."""
+    options["norm_layer"] = partial(torch.nn.LayerNorm, eps=model.config.norm_eps)
+    network = timm.models.VisionTransformer(**timm_arguments(model.config) | options)
+    network.load_state_dict(network.state_dict() | encoder_state(model))
+    return network
+
+
+# -------------------------------------------------------------------------------------------------
 # Encoders from elsewhere.
 
 
@@ -226,12 +254,12 @@ class NotFiniteError(RunError):
     from them."""
 
 
-def check_finite(features, title):
+def check_finite(features, title, advice="try --sample_dtype float32, or is the model damaged?"):
     """A NotFiniteError for features (n, ...) whose variances are not finite. title: of the images,
-    for the message."""
+    for the message; advice: the message's end."""
     if not features.var(0, correction=0).isfinite().all():
         reason = f"the features of {title} images are not finite numbers, or too large to compare"
-        raise NotFiniteError(f"{reason}; try --sample_dtype float32, or is the model damaged?")
+        raise NotFiniteError(f"{reason}; {advice}")
 
 
 def effective_rank(features, epsilon=1e-7):

@@ -102,7 +102,7 @@ def model_card(config, source, *, name, library, holds, usages, licence=None):
     return CARD.format(
         metadata=metadata.strip(),
         name=name,
-        description=f"{description(config)} Here is its {holds}.",
+        description=f"{description(config)} This export holds its {holds}.",
         usages="\n\n".join(blocks),
         training=training(source),
         licence=licence_section(source, licence),
@@ -123,10 +123,10 @@ def description(config):
     if c.ip_spec:
         places = ", ".join(f"{method} at {place}" for place, method in c.ip_spec)
         text += (
-            f" Latent codes, injected into it ({places}) and trained by Implicit Maximum Likelihood"
-            " Estimation ([Li & Malik 2018](https://arxiv.org/abs/1809.09087)), make each "
-            "completion another one. Only IMLE-SSL has these codes: for other libraries the model "
-            "is the MAE that it is without code."
+            f" Latent codes are injected into it ({places}) and trained by Implicit Maximum "
+            "Likelihood Estimation ([Li & Malik 2018](https://arxiv.org/abs/1809.09087)): each "
+            "code gives another completion. Only IMLE-SSL can use codes; other libraries load a "
+            "plain MAE, which computes what the model computes without code."
         )
     return text
 
@@ -142,7 +142,7 @@ def training(source):
         return f"Exported from `{source.name}`, which does not say how it was trained."
     flags = source.flags
     text = f"{source.step} gradient steps of {flags['mini_bs']} images from `{images_of(flags)}`, "
-    text += f"{flags['mask_ratio']:.0%} of whose patches were masked"
+    text += f"with {flags['mask_ratio']:.0%} of the patches masked"
     text += "" if flags["ignore_z"] else f", with {flags['ns']} codes tried per image"
     text += f". The run started {start_of(flags)}."
     rows = [

@@ -228,7 +228,7 @@ def explain(error):
         return (
             f"out of memory ({first}); lower --code_bs or --sp (sampling; with --sampler surrogate "
             "also --ns), --mini_bs or raise --accum (gradient steps), lower --eval_bs or "
-            "--probe_bs_val (validation)"
+            "--probe_bs_val (validation), --batch_size (fine-tuning)"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"a file could not be written ({first})"

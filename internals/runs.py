@@ -265,19 +265,19 @@ def check_writable(folder):
 # One process per run.
 
 
-def lock_folder(folder, patience=5.0):
-    """Locks a run's folder and returns the lock, an open file: until it is closed, or this process
-    ends, no other process can lock the folder. An InputError if another process still holds the
-    lock after `patience` seconds.
+def lock(path, title, patience=5.0):
+    """Locks the file at `path` and returns the lock, an open file: until it is closed, or this
+    process ends, no other process can lock it. An InputError about `title`, which the lock guards,
+    if another process still holds the lock after `patience` seconds.
 
     A POSIX lock, not filelock's: forked loader workers, which may outlive this process, would
     inherit filelock's and hold it."""
-    file = open(folder / ".lock", "a+")  # noqa: SIM115
+    file = open(path, "a+")  # noqa: SIM115
     end = time.monotonic() + patience  # a process that was killed may need a moment to end
     while not try_lock(file, fcntl.LOCK_EX):
         if time.monotonic() > end:
             file.seek(0)
-            raise InputError(f"{folder} is in use by {file.read() or 'another process'}")
+            raise InputError(f"{title} is in use by {file.read() or 'another process'}")
         time.sleep(0.1)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
@@ -343,7 +343,7 @@ class Run:
         folders = [self.folder, self.folder / "images", self.folder / "checkpoints"]
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-        self.lock = lock_folder(self.folder)
+        self.lock = lock(self.folder / ".lock", self.folder)
         if checkpoint_paths(self.folder) != self.start.paths:
             reason = f"another process wrote checkpoints in {self.folder} meanwhile"
             raise InputError(f"{reason}; start this command again")

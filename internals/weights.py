@@ -191,7 +191,7 @@ def fetch_from_hub(source):
     try:
         config = get("config.json")
         path = next(filter(None, map(get, files)), None)
-        if not parts[2:] and config and our_fields(config).get("ip_spec"):
+        if set(files) <= set(HUB_FILES) and config and our_fields(config).get("ip_spec"):
             get(INJECTIONS_FILE)
     except (OSError, ValueError) as error:
         raise InputError(

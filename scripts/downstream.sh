@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What pretraining is worth for classes: fine-tunes encoders, and trains full probes on them with 1 %, 10 % and all of the labels
-# (SHOTS: labelled images of each of CIFAR-10's classes, which has 5,000; -1: all). Encoders: of the runs RUNS/models/*-ARM-SEED that
+# (SHOTS: labelled images per class, of which CIFAR-10 has 5,000; -1: all). Encoders: of the runs RUNS/models/*-ARM-SEED that
 # figure_cifar10.sh trains, and the same network untrained. After an interruption, the same command goes on; with other flags or
-# settings choose another OUT. Flags on the command line apply to fine-tuning and probes. With your data, and runs of your own:
+# settings choose another OUT. Flags on the command line apply to fine-tuning and probes. With your data, and runs of your own that
+# were trained with --uid my_mae-0 and --uid my_imle-0 (ARM-SEED); relative paths start at the repository:
 #   OUT=runs/mine RUNS=. ARMS="my_mae my_imle" SHOTS="10 100" bash scripts/downstream.sh --data_tr DATA/train --data_val DATA/val
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,7 +31,7 @@ for arm in $ARMS untrained; do
     else
         model=$(echo "$RUNS"/models/*-"$arm-$SEED") decay=.75
     fi
-    result "$arm-finetuned" python scripts/finetune.py "$model" $FINETUNE --layer_decay "$decay" --out "$OUT/$arm.pt" "$@"
+    result "$arm-finetuned" python scripts/finetune.py "$model" --layer_decay "$decay" $FINETUNE --out "$OUT/$arm.pt" "$@"
     for shot in $SHOTS; do
         result "$arm-probe$shot" python LinearProbe.py --model "$model" $PROBE --train_n_shot "$shot" --save_folder "$OUT" "$@"
     done

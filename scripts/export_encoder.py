@@ -4,7 +4,6 @@ how to load it. Can upload it to the Hugging Face Hub.
 python scripts/export_encoder.py MODEL OUT --format hf --push OWNER/NAME"""
 
 import argparse
-import functools
 import json
 import re
 import secrets
@@ -13,12 +12,11 @@ from pathlib import Path
 
 import _path  # noqa: F401 (makes the modules importable)
 import safetensors.torch
-import timm
-import torch
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import HFValidationError, logging, validate_repo_id
 
 from Augmentation import MEAN, STD
+from internals.encoders import encoder_state, timm_arguments
 from internals.hugging_face import (
     INJECTIONS_FILE,
     OUR_KEY,
@@ -33,7 +31,6 @@ from internals.processes import run_command
 from internals.weights import SOURCES, load_model
 from Utils import InputError, naming, write_atomically
 
-ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"  # the Hub's names
 PREPROCESSOR = "preprocessor_config.json"
 
@@ -110,7 +107,7 @@ def export(args):
             raise InputError(f"--push {args.push}: {reason:.300}; {out} is written") from None
 
 
-def saved(state):
+def safetensors_bytes(state):
     """A state dict as the bytes of a .safetensors file."""
     state = {name: tensor.clone().contiguous() for name, tensor in state.items()}
     return safetensors.torch.save(state, {"format": "pt"})
@@ -128,7 +125,7 @@ def as_json(content):
 def timm_files(model, source, args):
     """The encoder's file and, with --push, the other files of a repository that timm loads, {name:
     bytes}; how to load the file OUT."""
-    files, c = {WEIGHTS: saved(encoder_state(model))}, model.config
+    files, c = {WEIGHTS: safetensors_bytes(encoder_state(model))}, model.config
     if args.push:
         if c.norm_eps != 1e-6:
             raise InputError(f"timm's config.json has no place for norm_eps {c.norm_eps:g}")
@@ -138,28 +135,6 @@ def timm_files(model, source, args):
                           usages=usages, licence=args.licence)  # fmt: skip
         files |= {CONFIG: as_json(timm_config(c)), CARD: card.encode()}
     return files, usage(c, args.out)
-
-
-def encoder_state(model):
-    """The encoder's tensors by timm's names."""
-    return {n: x for n, x in model.state_dict().items() if n.startswith(ENCODER)}
-
-
-def timm_arguments(config):
-    """The arguments of timm's VisionTransformer for the encoder of a ModelConfig, without head."""
-    c = config
-    arguments = {"img_size": tuple(c.image_size), "patch_size": c.patch_size, "embed_dim": c.dim}
-    arguments |= {"depth": c.depth, "num_heads": c.num_heads, "num_classes": 0}
-    return arguments | ({"in_chans": c.channels} if c.channels != 3 else {})
-
-
-def timm_network(model, **options):
-    """timm's VisionTransformer with the encoder's weights. Its forward_features are the model's
-    `encode`. options: further arguments, of a head for example."""
-    options["norm_layer"] = functools.partial(torch.nn.LayerNorm, eps=model.config.norm_eps)
-    network = timm.models.VisionTransformer(**timm_arguments(model.config) | options)
-    network.load_state_dict(network.state_dict() | encoder_state(model))
-    return network
 
 
 def timm_config(config):
@@ -217,10 +192,10 @@ def hugging_face_files(model, source, args):
     files = {
         CONFIG: as_json(hugging_face_config(c, source.flags.get("mask_ratio", 0.75))),
         PREPROCESSOR: as_json(preprocessor_config(c)),
-        WEIGHTS: saved(to_hugging_face(model.state_dict())),
+        WEIGHTS: safetensors_bytes(to_hugging_face(model.state_dict())),
     }
     if c.ip_spec:
-        files[INJECTIONS_FILE] = saved(model.injections.state_dict())
+        files[INJECTIONS_FILE] = safetensors_bytes(model.injections.state_dict())
     usages = hugging_face_usages(name, args.push)
     holds = f"encoder and decoder{', with the injections' if c.ip_spec else ''}"
     card = model_card(c, source, name=name, library="transformers", holds=holds, usages=usages,
@@ -269,7 +244,12 @@ def write_folder(folder, files):
             write_atomically(temporary / name, content)
         if folder.exists():
             folder.rename(old)
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)

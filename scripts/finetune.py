@@ -1,28 +1,27 @@
 """Fine-tunes an encoder to classify images, by timm's parts of MAE's recipe (He et al. 2022, A.1):
 layer-wise decay of learning rates, Mixup and CutMix, label smoothing, stochastic depth."""
 
+import dataclasses
 import json
-import math
 import time
 from functools import partial
 
 import _path  # noqa: F401 (makes the modules importable)
 import timm
 import torch
-from export_encoder import timm_network
 from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler import create_scheduler_v2
 
 import Data
-import IO
 import Utils
 from Augmentation import normalize, transforms
 from internals.checkpoints import Checkpoints, read_run_checkpoint, save_checkpoint
-from internals.encoders import load_encoder
+from internals.encoders import load_encoder, timm_network
 from internals.processes import run_command
+from internals.runs import lock
+from IO import finetune_parser, parse_finetune_flags, settings
 from LinearProbe import open_labelled
 from Models import ImplicitMAE
-from Utils import InputError, RunError, Stream, mix_seeds
 
 
 # fmt: off
@@ -32,7 +31,7 @@ def labelled(images, transform, rows, seed, *, config, device, num_workers, time
     options = {"num_workers": num_workers, "timeout": timeout, "pin_memory": device.type == "cuda"}
     loader = Data.ImageLoader(images, transform, **options)
     indices, labels = torch.arange(len(images)), torch.as_tensor(images.targets)
-    seeds = mix_seeds(seed, Stream.IMAGE, indices)
+    seeds = Utils.mix_seeds(seed, Utils.Stream.IMAGE, indices)
     for batch, pixels in Data.copied(loader.load(indices, seeds, rows), device):
         yield normalize(pixels, config.mean, config.std), labels[batch].to(device)
 
@@ -41,7 +40,7 @@ def train_epoch(network, batches, mix, optimizer, scheduler, scaler, *, first_st
     """Takes a gradient step with each batch (images, labels). Returns the mean loss."""
     losses = []
     for step, (images, labels) in enumerate(batches, first_step):
-        timm.utils.random_seed(int(mix_seeds(seed, step)) % 2**32)  # for Mixup and stochastic depth
+        timm.utils.random_seed(int(Utils.mix_seeds(seed, step)) % 2**32)  # for Mixup, drop path
         images, targets = mix(images, labels)
         scheduler.step_update(step)
         with Utils.autocast(images.device, dtype):
@@ -66,11 +65,11 @@ def finetune(flags):
     device, size, pair = torch.device(flags.gpus), flags.batch_size, open_labelled(flags)
     dtype, n, n_classes = Utils.fastest_dtype(device), len(pair[0]), len(pair[0].classes)
     if size > n:
-        raise InputError(f"--batch_size {size}: at most {n} is allowed, the number of images")
+        raise Utils.InputError(f"--batch_size {size}: at most {n} is allowed, the number of images")
     with Utils.naming("MODEL"):
         model = load_encoder(flags.model, seed=flags.seed)
         if not isinstance(model, ImplicitMAE):
-            raise InputError(f"{flags.model} is no MAE; timm's train.py fine-tunes timm's models")
+            raise Utils.InputError(f"{flags.model} is no MAE; timm's train.py takes timm's models")
     torch.manual_seed(flags.seed)
     network = timm_network(
         model, num_classes=n_classes, global_pool="avg", fc_norm=False,
@@ -79,32 +78,34 @@ def finetune(flags):
         network, "adamw", flags.lr * size / 256, flags.wd, layer_decay=flags.layer_decay)
     scheduler, _ = create_scheduler_v2(
         optimizer, num_epochs=flags.epochs, warmup_epochs=flags.epochs / 20, step_on_epochs=False,
-        updates_per_epoch=(steps := n // size))
+        warmup_lr=min(1e-5, flags.lr * size / 256), updates_per_epoch=(steps := n // size))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     mix = timm.data.Mixup(
         flags.mixup, flags.cutmix, prob=flags.mixup + flags.cutmix > 0, num_classes=n_classes)
-    history, parts = [], {"model": network, "optimizer": optimizer, "scaler": scaler}
-    command = [IO.settings(flags, IO.finetune_parser()), Data.fingerprints(*pair)]
-    checkpoint = Checkpoints(flags.out, **parts, history=history, command=command)
+    c, history = dataclasses.replace(model.config, ip_spec=()), []
+    checkpoint = Checkpoints(
+        flags.out, model=network, optimizer=optimizer, scaler=scaler, config=dataclasses.asdict(c),
+        history=history, command=[settings(flags, finetune_parser()), Data.fingerprints(*pair)])
+    _lock = lock(flags.out.with_name(f".{flags.out.name}.lock"), f"--out {flags.out}")
     if flags.out.exists():
         saved = read_run_checkpoint(flags.out, checkpoint.parts.keys())
-        if saved["command"] != command:
-            raise InputError(f"--out {flags.out}: of other flags or images; choose another file")
+        if saved["command"] != checkpoint.parts["command"]:
+            raise Utils.InputError(f"--out {flags.out}: other flags or images; choose another file")
         checkpoint.restore(saved)
         history += saved["history"]
     batches_tr, batches_val = (
-        partial(labelled, images, transform, config=model.config, device=device,
+        partial(labelled, images, transform, config=c, device=device,
                 num_workers=flags.num_workers, timeout=flags.loader_timeout)
-        for images, transform in zip(pair, transforms(model.config.image_size, flags.use_augs),
-                                     strict=True))
+        for images, transform in zip(pair, transforms(c.image_size, flags.use_augs), strict=True))
     for epoch in range(len(history), flags.epochs):
-        start, seed = time.perf_counter(), mix_seeds(flags.seed, Stream.MINIBATCH, epoch)
+        start = time.perf_counter()
+        seed = Utils.mix_seeds(flags.seed, Utils.Stream.MINIBATCH, epoch)
         batches = batches_tr(Utils.permutation(n, seed).split(size)[:steps], seed)
         loss = train_epoch(
             network.train(), batches, mix, optimizer, scheduler, scaler, first_step=epoch * steps,
             seed=flags.seed, dtype=dtype)
-        if not math.isfinite(loss):
-            raise RunError(f"the loss of epoch {epoch + 1} is not finite; try a lower --lr")
+        if not loss < float("inf"):  # or it is NaN
+            raise Utils.RunError(f"the loss of epoch {epoch + 1} is not finite; try a lower --lr")
         batches = batches_val(torch.arange(len(pair[1])).split(256), 0)
         numbers = {"loss": loss, "accuracy": accuracy(network.eval(), batches, device, dtype)}
         history.append({**numbers, "seconds": round(time.perf_counter() - start, 1)})
@@ -115,6 +116,5 @@ def finetune(flags):
     Utils.say(json.dumps({"model": flags.model, "accuracy": history[-1]["accuracy"], **result}))
 
 
-# fmt: on
 if __name__ == "__main__":
-    run_command(lambda: finetune(IO.parse_finetune_flags()))
+    run_command(lambda: finetune(parse_finetune_flags()))

@@ -33,7 +33,7 @@ BATCH = 256  # images per pass
 COLUMNS = {  # value of --what -> what the caption says
     "pca": "Features: the first three principal components of all patch tokens, as colours.",
     "attention": "Heads: what the class token attends to in the last encoder block; bright: most.",
-    "codes": "Codes: where completions of the masked picture differ; bright: much.",
+    "codes": "Codes: where completions of a masked picture differ; bright: most, in this picture.",
     "neighbors": "Neighbours: images of --data with the nearest features (cosine similarity).",
 }
 
@@ -42,7 +42,7 @@ class Column(NamedTuple):
     """A column of the sheet."""
 
     header: str
-    cells: torch.Tensor  # uint8 (n, 3, H, W), in pixels of the picture or one for each patch
+    cells: torch.Tensor  # uint8 (n, 3, H, W), in pixels of the picture, or one pixel per patch
     labels: list | None = None  # n texts below the cells
 
 
@@ -107,7 +107,7 @@ def draw(args):
 
     images = normalize(rows.images.to(device), c.mean, c.std)
     tokens = model.encode(images).float()
-    check_finite(tokens.flatten(0, 1), "the sheet's")
+    check_finite(tokens.flatten(0, 1), "the sheet's", "is the model damaged?")
     grid = patch_grid(tokens.shape[1] - 1, c.image_size)
     pictures = to_pictures(images, c.mean, c.std).cpu()
     columns = [Column("picture", pictures, rows.labels)]
@@ -203,15 +203,15 @@ def sheet(columns, caption, grid, cell_height):
 
 def patch_grid(n_patches, size):
     """(rows, columns) of the patches of images of a size (height, width); patches are square."""
-    n_rows = round(math.sqrt(n_patches * size[0] / size[1]))
+    n_rows = max(1, round(math.sqrt(n_patches * size[0] / size[1])))
     return n_rows, n_patches // n_rows
 
 
 def pca_colours(tokens):
     """The first three principal components of all tokens (N, L, C) as colours from 0 to 1, (N, L,
     3), on the CPU. In each component, the lowest and highest 2 % of the tokens are clipped."""
-    points = tokens.flatten(0, 1).cpu()  # whose generator `seeded` sets
-    with seeded(0):  # the algorithm starts from random directions, of which more are more exact
+    points = tokens.flatten(0, 1).cpu()  # `seeded` sets the CPU's generator only
+    with seeded(0):  # starts from q random directions; more than 3 make the first 3 more exact
         _, _, axes = torch.pca_lowrank(points, q=min(8, *points.shape))
     values = (points - points.mean(0)) @ axes[:, :3]
     low, high = values.quantile(values.new_tensor([0.02, 0.98]), dim=0)
@@ -254,10 +254,11 @@ def neighbor_columns(model, data, rows, n, device):
         raise InputError("--data: its one image has no neighbour; choose other columns by --what")
     c, indices, parts = model.config, torch.arange(len(data)), ("mean",)
     loader = Data.ImageLoader(data, partial(fitted, size=c.image_size), num_workers=WORKERS)
-    seeds = torch.zeros(max(len(data), n * len(rows.images)), dtype=torch.long)  # no code, no crop
+    # Unused: there are no codes and no random crops.
+    seeds = torch.zeros(max(len(data), n * len(rows.images)), dtype=torch.long)
     how = {"device": device, "batch_size": BATCH, "parts": parts}
     features = extract(model, loader, indices, seeds, **how)[:, 0]  # (images, C)
-    check_finite(features, "the --data")
+    check_finite(features, "--data's", "is the model damaged?")
     queries = image_features(model, rows.images.to(device), seeds, parts, 0)[:, 0]
     similarity = F.normalize(queries, dim=1) @ F.normalize(features, dim=1).T  # (rows, images)
     if rows.indices is not None:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import IO
 from Augmentation import normalize, resize
 from internals.checkpoints import save_checkpoint
+from internals.encoders import ENCODER
 from internals.hugging_face import from_hugging_face, to_hugging_face
 from internals.weights import load_model
 from Models import ModelConfig, build, reconstruction_loss
@@ -246,7 +247,7 @@ def test_models_that_vitmae_can_t_express_are_refused(tmp_path, capsys, changes,
 
 def test_a_model_without_a_decoder_is_refused(tmp_path, capsys):
     model, _ = checkpoint(tmp_path / "model.pt", PLAIN)
-    state = {n: x for n, x in model.state_dict().items() if n.startswith(export_encoder.ENCODER)}
+    state = {n: x for n, x in model.state_dict().items() if n.startswith(ENCODER)}
     torch.save({"model": state}, tmp_path / "encoder.pth")
     state = {"model": state, "config": dataclasses.asdict(PLAIN)}
     save_checkpoint(tmp_path / "encoder.pth", state)
@@ -337,7 +338,7 @@ def test_the_card_has_the_run_s_data_steps_and_accuracy(tiny_run, tmp_path):
         assert "license: mit" in card.split("---")[1]
         step = int(path.stem.split("_")[-1])
         assert f"{step} gradient steps of 12 images from `demo/mnist_train.tar`" in card
-        assert "75% of whose patches were masked, with 5 codes tried" in card
+        assert "with 75% of the patches masked, with 5 codes tried" in card
         assert "started from scratch" in card and "CC-BY-NC 4.0" in card
         records = [r for r in metrics(tiny_run) if r["pretrain/step"] <= step]
         record = [r for r in records if "fast_linear_probe/acc_te" in r][-1]
@@ -409,6 +410,8 @@ import sys, timm, torch
 sys.path.insert(0, ".")
 from IO import load_model
 model, again = load_model(sys.argv[1]).eval(), load_model("hf-hub:someone/whole").eval()
+named = load_model("hf-hub:someone/whole/model.safetensors")
+assert named.config == again.config and named.code_dim
 assert again.config == model.config and again.code_dim > 0
 for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
     assert torch.equal(a, b), name

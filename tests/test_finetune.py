@@ -1,5 +1,6 @@
 """Fine-tuning, and scripts/downstream.sh."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,12 +12,12 @@ import finetune
 import pytest
 import torch
 from conftest import DEMO_DATA, PATH, ROOT, command
-from export_encoder import timm_network
 
 import IO
 from Augmentation import normalize
+from internals import runs
 from internals.checkpoints import save_checkpoint
-from internals.encoders import load_encoder
+from internals.encoders import load_encoder, timm_network
 from internals.processes import run_command
 from Models import ModelConfig, build
 
@@ -125,6 +126,37 @@ def test_timm_s_network_has_the_encoder_s_channels_and_norm():
         torch.testing.assert_close(features, model.encode(images), atol=1e-5, rtol=1e-5)
 
 
+def test_a_fine_tuned_network_is_a_source_of_weights_with_its_own_normalisation(tmp_path):
+    model = load_encoder(CHECKPOINT)
+    own = dataclasses.replace(model.config, mean=(0.1, 0.2, 0.3), norm_eps=1e-3)
+    content = {"model": model.state_dict(), "config": dataclasses.asdict(own)}
+    save_checkpoint(tmp_path / "own.pt", content)
+    words = ["--epochs", 1, "--train_n_shot", 12, "--out", tmp_path / "mine.pt"]
+    run(*words, model=str(tmp_path / "own.pt"))
+    config = load_encoder(str(tmp_path / "mine.pt")).config
+    assert (config.mean, config.norm_eps, config.ip_spec) == (own.mean, 1e-3, ())
+
+
+def test_one_process_fine_tunes_into_a_file(tmp_path):
+    held = runs.lock(tmp_path / ".mine.pt.lock", "the test")
+    code = (
+        "import sys, finetune as f; from internals import runs; runs.lock.__defaults__ = (0.0,)\n"
+    )
+    code += "f.run_command(lambda: f.finetune(f.parse_finetune_flags(sys.argv[1:])))"
+    words = [CHECKPOINT, *DEMO_DATA, *RECIPE, "--out", tmp_path / "mine.pt"]
+    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"}
+    done = command(*words, program=(sys.executable, "-c", code), check=False, **paths)
+    held.close()
+    assert done.returncode == 2 and "mine.pt is in use by process" in done.stderr
+
+
+def test_of_several_gpus_the_first_is_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    words = [CHECKPOINT, *DEMO_DATA, *"--out finetuned.pt".split()]
+    assert IO.parse_finetune_flags(words).gpus == "cuda:0"
+
+
 def test_each_layer_learns_with_a_share_of_the_next_one_s_rate(finished):
     groups = saved(finished[0])["optimizer"]["param_groups"]
     scales = sorted({group["lr_scale"] for group in groups}, reverse=True)
@@ -174,11 +206,11 @@ def test_a_wrong_model_is_refused_in_one_line(model, reason, tmp_path, capsys):
 def test_a_checkpoint_of_other_flags_or_a_damaged_one_is_refused(finished, tmp_path, capsys):
     out = tmp_path / "mine.pt"
     shutil.copy(finished[0], out)
-    refused(["--out", out, "--epochs", 4], capsys, "of other flags or images")
+    refused(["--out", out, "--epochs", 4], capsys, "other flags or images")
     content = saved(out)
     content["command"][1]["data_tr"]["images"] += 1
     save_checkpoint(out, content)
-    refused(["--out", out], capsys, "of other flags or images")
+    refused(["--out", out], capsys, "other flags or images")
     out.write_bytes(b"no checkpoint")
     refused(["--out", out], capsys, "is damaged, or no checkpoint|was refused")
     shutil.copy(CHECKPOINT, out)
