@@ -21,6 +21,7 @@ def rows(path):
     return {(row["name"], row.get("tries")): row for row in json.loads(path.read_text())}
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_sampling_compares_speed_and_regret(tmp_path):
     options = [*TINY, *REGRET, "--regret_ns", 64, "--json", tmp_path / "rows.json"]
     done = command("sampling", *options, program=PROGRAM)
@@ -53,6 +54,7 @@ def test_the_benchmark_of_training_compares_steps(tmp_path):
     assert len(found) == 3 and all(row["images_per_sec"] > 0 for row in found)
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_probes_compares_heads(tmp_path):
     options = [*TINY, "--images", 8, "--classes", 5, "--num_workers", 1]
     command("probe", *options, "--json", tmp_path / "rows.json", program=PROGRAM)

@@ -69,6 +69,7 @@ def test_the_figure_s_table_has_means_and_ranges_over_seeds(tmp_path, capsys):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_folder_without_such_runs_is_refused_in_one_line(tmp_path):
     for script in ("figure.py", "what_codes_add.py"):
         done = command(tmp_path, program=(sys.executable, f"scripts/{script}"), check=False)

@@ -181,16 +181,15 @@ def test_a_stop_inside_sampling_of_two_processes__all_save_the_chunks_that_are_d
     assert_same_run(tiny_run, goes_on(tmp_path, "--code_bs", 4), tolerance=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place, step",
     [
         ("TrainIMLE, 'choose_codes', 4", 4),  # of three chunks an epoch
-        pytest.param("Validation, 'evaluate', 10", 4, marks=pytest.mark.slow),  # six a validation
-        pytest.param("LinearProbe, 'nearest_neighbors', 4", 4, marks=pytest.mark.slow),
-        pytest.param("runs, 'draw_curves', 1", 0, marks=pytest.mark.slow),
-        pytest.param(
-            "checkpoints, 'save_checkpoint', 6", 4, marks=pytest.mark.slow
-        ),  # 3 in sampling
+        ("Validation, 'evaluate', 10", 4),  # six a validation
+        ("LinearProbe, 'nearest_neighbors', 4", 4),
+        ("runs, 'draw_curves', 1", 0),
+        ("checkpoints, 'save_checkpoint', 6", 4),  # 3 in sampling
     ],
 )
 def test_a_stop_inside_sampling_validation_or_a_save__goes_on_to_the_bit(
@@ -385,6 +384,7 @@ def save_and_die(folder, state, at, monkeypatch):
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_kill_9_at_20_points_of_a_save__the_newest_whole_checkpoint_loads_and_the_run_goes_on(
     copied, monkeypatch
 ):
@@ -473,6 +473,7 @@ runs.open = opened
     assert_same_run(tiny_run, run_folder(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_is_read_only__is_refused_before_the_model_is_built(copied, tmp_path):
     disk = tmp_path / "disk"
     with small_disk(disk, 200):
@@ -619,6 +620,7 @@ def as_version_0_1_saved(content, model):
     return {**content, "progress": progress, "args": {**args, "code_free_share": 0.0}}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_version_0_1__goes_on_inside_its_epoch_to_the_bit(imle_alone_run, tmp_path):
     """The run then knows its images, as a run of this version does."""
     assert stopped_run(tmp_path, "step 2:", signal.SIGTERM, "--mae_loss_weight", 0) == 0
@@ -639,10 +641,8 @@ NEWER = {
 }
 
 
-@pytest.mark.parametrize(
-    "part",
-    ["config", *(pytest.param(p, marks=pytest.mark.slow) for p in ("progress", "args", "ema"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("part", NEWER)
 def test_a_checkpoint_of_a_newer_version__is_refused_with_the_unknown_field(copied, part):
     path = final_path(run_folder(copied))
     content = torch.load(path, weights_only=True)
@@ -688,6 +688,7 @@ def on_folders(tmp_path):
     return tmp_path / "runs", data, train
 
 
+@pytest.mark.slow
 def test_other_images_at_the_same_path__are_refused_unless_forced_and_codes_are_chosen_anew(
     on_folders,
 ):
@@ -752,6 +753,7 @@ def test_other_training_flags__are_shown_and_need_force_resume(copied):
 # Numbers, memory, workers.
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number__no_update_the_images_named_and_it_goes_on_from_the_save_before(
     tiny_run, tmp_path
 ):
@@ -838,6 +840,7 @@ def test_a_loader_worker_that_hangs__an_error_names_its_images_and_nothing_waits
     assert done.stderr.startswith("error: --loader_timeout 2: ") and ".png" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_surrogate_that_does_not_fit_into_memory__is_refused_with_what_to_lower(tmp_path):
     flags = [*RUN, "--sampler", "surrogate", "--save_folder", tmp_path]
     for sizes, advice in (
@@ -1294,6 +1297,7 @@ def test_files_of_macOS_Jupyter_and_the_like__are_left_out_and_told_with_their_n
         assert_same_run(run_folder(tmp_path / "clean/runs"), run_folder(tmp_path / name / "runs"))
 
 
+@pytest.mark.slow
 def test_data_laid_out_by_another_tool__are_refused_in_one_line_with_what_to_do(tmp_path):
     image = np.zeros((8, 8), np.uint8)
     splits = grey_images(tmp_path / "all", image, ["train/a/0.png", "val/a/0.png"])

@@ -366,9 +366,8 @@ def prime_images(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize(
-    "fast, n", [(0, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(0, 3), (1, 3)])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fast, n", [(0, 2), (0, 3), (1, 3)])
 def test_one_two_and_three_processes_give_the_same_result(
     tmp_path, probe_here, prime_images, fast, n
 ):

@@ -353,6 +353,7 @@ def test_rankme_is_logged_without_a_probe_by_any_number_of_processes(tmp_path):
     assert record["pretrain/rankme_baseline"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_unlabelled_pretraining_is_watched_by_probes_on_other_sets(tiny_run, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -509,6 +510,7 @@ def test_two_nodes_started_by_torchrun_train_the_same_run_as_one_process(tiny_ru
     assert_same_run(tiny_run, run_folder(tmp_path), tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_the_cross_decoder_and_the_surrogate_train_the_same_run_in_two_processes(tmp_path):
     flags = [*TINY, "--decoder", "cross", "--sampler", "surrogate", "--ns", 12, "--tries", 6]
     flags += ["--epochs", 1, "--rs_epsilon", 0.01, "--steps_per_eval", 2, "--uid", "cross"]
@@ -620,7 +622,7 @@ def test_on_a_gpu_nothing_is_mixed_with_the_cpu():
         assert {result.device.type for result in results} == {"cuda"}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_bad_input_found_late_ends_in_one_line_from_any_number_of_processes(tmp_path, processes):
     weights = tmp_path / "garbage.pth"
     weights.write_bytes(b"garbage")
@@ -631,6 +633,7 @@ def test_bad_input_found_late_ends_in_one_line_from_any_number_of_processes(tmp_
     assert not (tmp_path / "models").exists(), "refused before anything was written"
 
 
+@pytest.mark.slow
 def test_metrics_that_are_shorter_than_the_checkpoint_knows_stay_readable(tiny_run, tmp_path):
     shutil.copytree(tiny_run.parent.parent, tmp_path, dirs_exist_ok=True)
     folder = run_folder(tmp_path)
@@ -641,6 +644,7 @@ def test_metrics_that_are_shorter_than_the_checkpoint_knows_stay_readable(tiny_r
     assert [r["pretrain/step"] for r in epochs] == [12, 16]
 
 
+@pytest.mark.slow
 def test_a_run_is_found_by_its_whole_uid_alone(tiny_run, tmp_path):
     command(*TINY, "--epochs", 1, "--uid", "x-1", "--save_folder", tmp_path)
     before = (run_folder(tmp_path) / "metrics.jsonl").read_bytes()
@@ -667,6 +671,7 @@ def copied_run(run, tmp_path, **args):
 SHORT_COMMAND = [*DEMO_DATA, "--uid", "tiny", "--num_workers", 0, "--epochs", 3]
 
 
+@pytest.mark.slow
 def test_flags_that_the_command_does_not_give_are_those_of_the_run_that_goes_on(tiny_run, tmp_path):
     folder = copied_run(tiny_run, tmp_path, mae_loss_weight=0.25, save_minutes=77.0)
     done = command(*SHORT_COMMAND, "--save_folder", tmp_path)
@@ -678,6 +683,7 @@ def test_flags_that_the_command_does_not_give_are_those_of_the_run_that_goes_on(
     assert done.returncode == 2 and "--lr was 0.001, is 0.002" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_of_version_0_1_0_goes_on_with_the_loss_of_the_chosen_codes_alone(tiny_run, tmp_path):
     earlier = {"mae_loss_weight": None, "code_free_share": 0.0}
     folder = copied_run(tiny_run, tmp_path, **earlier)
@@ -708,6 +714,7 @@ def test_a_run_goes_on_although_a_flag_is_newer_than_it(tiny_run, tmp_path):
     assert "going on after step 8" in command(*flags, "--epochs", 3).stdout
 
 
+@pytest.mark.slow
 def test_a_slim_checkpoint_is_the_same_model_in_half_precision(tiny_run, tmp_path):
     program = (sys.executable, "scripts/slim_checkpoint.py")
     path = final_path(tiny_run)
