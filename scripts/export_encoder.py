@@ -233,8 +233,8 @@ def check_replaceable(folder):
 
 
 def write_folder(folder, files):
-    """Writes a folder with all files, {name: bytes}, or leaves it as it was: after a crash there is
-    the old one, the new one or none. Replaces an earlier export."""
+    """Writes a folder with files, {name: bytes}, in place of an earlier export. After an error the
+    earlier export is still there; after a crash the folder is whole, old or new, or missing."""
     temporary, old = (
         folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{kind}") for kind in ("tmp", "old")
     )
@@ -255,7 +255,7 @@ def write_folder(folder, files):
     shutil.rmtree(old, ignore_errors=True)
 
 
-# To add a format, write a function like the two and name it here.
+# To add a format, write a function like timm_files and name the function here.
 FORMATS = {"timm": timm_files, "hf": hugging_face_files}
 
 
@@ -265,7 +265,7 @@ FORMATS = {"timm": timm_files, "hf": hugging_face_files}
 
 def push(files, name, private):
     """Uploads files, {name: bytes}, to a repository of the Hub; returns the repository's address.
-    Any error of the Hub's client where that fails."""
+    Raises any error of the Hub's client."""
     logging.set_verbosity_error()  # hides warnings about retries
     api = HfApi()
     address = api.create_repo(name, private=private, exist_ok=True)

@@ -61,7 +61,7 @@ def accuracy(network, batches, device, dtype):
 
 
 def finetune(flags):
-    """Fine-tunes as the flags say. After each epoch, the file --out holds all to go on from."""
+    """Fine-tunes as the flags say. Each epoch ends with a checkpoint in the file --out."""
     device, size, pair = torch.device(flags.gpus), flags.batch_size, open_labelled(flags)
     dtype, n, n_classes = Utils.fastest_dtype(device), len(pair[0]), len(pair[0].classes)
     if size > n:
