@@ -129,6 +129,11 @@ def learning_rate(step, *, base, minimum, start, ramp, total, cycles=0, ramp_fro
 # Devices and processes. Without a process group, these functions treat the program as one process.
 
 
+def default_device():
+    """The first CUDA GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def fastest_dtype(device):
     """The shortest float type that the device computes natively: bfloat16, float16 or float32."""
     if device.type == "cuda":

@@ -19,7 +19,7 @@ from internals.weights import SOURCES, load_model
 from IO import check_bands, check_mask_ratio, height_and_width
 from Models import completions, in_precision
 from Samplers import code_passes
-from Utils import InputError, Stream, fastest_dtype, mix_seeds, say
+from Utils import InputError, Stream, default_device, fastest_dtype, mix_seeds, say
 from Validation import prepare
 
 CODES_PER_PASS = 16
@@ -89,7 +89,7 @@ def overrides_of(args):
 def draw(args):
     """Writes the grid and the mosaic that the flags ask for."""
     out = picture_path(args.out)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     model = load_model(args.model, **overrides_of(args)).to(device).eval()
     pictures = open_pictures(args.pictures, model.config.channels)
     n_patches, mask_ratio = math.prod(model.config.grid), args.mask_ratio

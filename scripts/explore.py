@@ -17,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import _path  # noqa: F401 (makes the modules importable)
-import torch
 from complete import model_flags, overrides_of
 from exploring.completions import Explorer
 from exploring.page import Changes, Library, Page
@@ -27,7 +26,7 @@ from exploring.views import LARGEST_FILE, MOST_CODES, ORDERS, read_settings
 from internals.parsing import Parser, whole
 from internals.processes import run_command
 from internals.weights import SOURCES
-from Utils import InputError, first_line, naming
+from Utils import InputError, default_device, first_line, naming
 
 HERE = Path(__file__).resolve().parent
 MODEL, DATA = (
@@ -296,7 +295,7 @@ def serve(blocks, page, host, port, theme, no_browser):
 def make_page(args):
     """The Page, and the View that it opens with."""
     overrides = overrides_of(args)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     settings = settings_of(args.open) if args.open else {}
     model = args.model or settings.get("model") or MODEL
     compare = args.compare or (not args.model and settings.get("compare"))

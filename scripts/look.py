@@ -26,7 +26,7 @@ from internals.processes import run_command
 from internals.weights import FOREIGN_SOURCES, SOURCES
 from IO import IMAGES, WORKERS, check_mask_ratio, height_and_width
 from Models import ImplicitMAE, completions
-from Utils import InputError, Stream, fastest_dtype, mix_seeds, naming, say, seeded
+from Utils import InputError, Stream, default_device, fastest_dtype, mix_seeds, naming, say, seeded
 from Validation import examples, prepare
 
 BATCH = 256  # images per pass
@@ -91,7 +91,7 @@ def draw(args):
     out = picture_path(args.out)
     if not (args.pictures or args.data):
         raise InputError("no pictures: name a PICTURE, or a data set by --data")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     size = args.input_size and height_and_width(args.input_size)
     model = load_encoder(args.model, size=size, dtype=fastest_dtype(device)).to(device)
     c = model.config

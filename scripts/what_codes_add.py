@@ -32,6 +32,7 @@ from Samplers import image_losses
 from Utils import (
     InputError,
     Stream,
+    default_device,
     drawable,
     fastest_dtype,
     mix_seeds,
@@ -217,7 +218,7 @@ def measure_seed(runs, mae, args):
     """For the runs {arm: folder} of one seed: {name: measures}; the judge's accuracy on whole
     images; rows of the picture of classes, the number of images, the names of the classes."""
     flags = read_config(next(iter(runs.values())))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     models = load_models(runs, flags["seed"], device)
     config = models[UNTRAINED].config
     names = ("data_tr", "data_val", "seed", "image_decoder")
