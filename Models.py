@@ -483,14 +483,16 @@ class ImplicitMAE(nn.Module):
         masked patches, with masked_only=False (N, K, L, P*P*C) of all, in raster order. Without
         codes the dimension K is missing. also_without_code: K+1 predictions, the last without."""
         positions, x = prefix.positions, prefix.tokens
-        if also_without_code and codes is not None:  # `_inject` leaves the last of the K+1 as it is
-            x = x.expand(-1, codes.shape[1] + 1, -1, -1)
+        if not masked_only and positions.shape[1] != self.pos_embed.shape[1]:
+            raise ValueError("with a predict_ratio below 1 only masked patches are predicted")
         first = 1 + prefix.n_visible if masked_only else 1  # the first token to predict
         if self.prefix_blocks == self.n_blocks:  # `prefix` ran the last block, for all tokens
             positions, x = positions[:, first:], x[:, :, first:]
-        x = self._inject(self.prefix_blocks - 1, x, codes, positions)
-        x = self._run(x, codes, positions, self.prefix_blocks, self.n_blocks, first)
-        x = self._inject("decoder_norm", self.decoder_norm(x), codes, prefix.positions[:, first:])
+        also = also_without_code
+        x = self._inject(self.prefix_blocks - 1, x, codes, positions, also)
+        x = self._run(x, codes, positions, self.prefix_blocks, self.n_blocks, first, also)
+        positions = prefix.positions[:, first:]
+        x = self._inject("decoder_norm", self.decoder_norm(x), codes, positions, also)
         pred = self.decoder_pred(x)
         if not masked_only:
             pred = pick(pred, prefix.positions[:, 1:].argsort(dim=1))
@@ -526,7 +528,7 @@ class ImplicitMAE(nn.Module):
         x = self._inject("norm", self.norm(x), codes, positions)
         return x[:, 0] if codes is None else x
 
-    def _run(self, x, codes, positions, start, stop, first=0):
+    def _run(self, x, codes, positions, start, stop, first=0, also=False):
         """Runs blocks start to stop-1, numbered through encoder and decoder, each followed by its
         injection, on the tokens x (N, 1 or K, T, C) at positions[:, :T]. The last block, and every
         block of a cross decoder, computes only the tokens at positions[:, first:]."""
@@ -534,28 +536,29 @@ class ImplicitMAE(nn.Module):
         memory = None  # the tokens that a cross decoder attends to
         for place in range(start, stop):
             if place == len(self.blocks):
-                x, positions, memory = self._enter_decoder(x, codes, positions, first)
+                x, positions, memory = self._enter_decoder(x, codes, positions, first, also)
             if memory is not None:
                 x = blocks[place](x, memory)
             elif place == self.n_blocks - 1:  # no later block reads the other tokens
                 x, positions = blocks[place](x, first), positions[:, first:]
             else:
                 x = blocks[place](x)
-            x = self._inject(place, x, codes, positions)
+            x = self._inject(place, x, codes, positions, also)
         return x
 
-    def _inject(self, point, x, codes, positions):
+    def _inject(self, point, x, codes, positions, also=False):
         """Injects codes (N, K, D) into tokens x (N, 1 or K, T, C) at positions[:, :T] -> (N, K, T,
-        C). Of x (N, K+1, T, C), the last is without code and stays as it is. Without codes, or
+        C). also: x (N, 1 or K+1, T, C) -> (N, K+1, T, C), the last without code. Without codes, or
         without an injection at this point, returns x. Points: the number of a block, "norm",
         "decoder_norm" (after that module), "mask" (the mask tokens)."""
         if codes is None or point not in self.injected_at:
             return x
         key, code_slice = self.injected_at[point]
-        x, without_code = x[:, : codes.shape[1]], x[:, codes.shape[1] :]
+        # Up to the first injection, all codes and the completion without code share x.
+        x, without_code = (x, x) if x.shape[1] == 1 else x.split([codes.shape[1], also], dim=1)
         codes = codes[..., code_slice].to(x.dtype)
         x = self.injections[key](x, codes, positions[:, : x.shape[2]])
-        return torch.cat([x, without_code], dim=1) if without_code.shape[1] else x
+        return torch.cat([x, without_code], dim=1) if also else x
 
     def _embed(self, images, positions):
         """images (N,C,H,W) -> the class token and the patches at positions[:, 1:]: (N, 1, T, C).
@@ -569,11 +572,11 @@ class ImplicitMAE(nn.Module):
         class_token = (self.cls_token + self.pos_embed[:, :1])[None].expand(len(images), -1, -1, -1)
         return torch.cat([class_token, patches], dim=2)
 
-    def _enter_decoder(self, x, codes, positions, first):
+    def _enter_decoder(self, x, codes, positions, first, also):
         """The last encoder block's tokens (N, 1 or K, 1+V, C) -> the tokens (N, 1 or K, T, C) for
         the decoder's blocks, their positions (N, T), and a memory: the visible tokens, to which the
         tokens of a cross decoder attend; None for a decoder whose tokens attend to each other."""
-        x = self._inject("norm", self.norm(x), codes, positions)
+        x = self._inject("norm", self.norm(x), codes, positions, also)
         visible = self.decoder_embed(x)
         n_visible = visible.shape[2]  # with the class token
         position_embeddings = self.decoder_pos_embed[0][positions][:, None]  # (N, 1, 1+V+M, C)
@@ -582,7 +585,7 @@ class ImplicitMAE(nn.Module):
         mask_tokens = self.mask_token.expand(*masked_positions.shape, -1)[:, None]
         if "mask" in self.injected_at:
             mask_tokens = mask_tokens.expand(-1, visible.shape[1], -1, -1)
-        mask_tokens = self._inject("mask", mask_tokens, codes, masked_positions)
+        mask_tokens = self._inject("mask", mask_tokens, codes, masked_positions, also)
         if self.cross_decoder:
             memory = visible + position_embeddings[:, :, :n_visible]
             return mask_tokens + position_embeddings[:, :, begin:], masked_positions, memory

@@ -275,6 +275,23 @@ def test_what_comes_before_the_first_injection_runs_once_per_image(
     assert seen == [(number, 3 if number < blocks_once else 6) for number in range(5)]
 
 
+@pytest.mark.parametrize("place", [3, 4])
+def test_a_cross_decoder_runs_once_for_both_losses_up_to_the_first_injection(golden, place):
+    model, seen = Models.build(dataclasses.replace(TINY, ip_spec=[(place, "adain")], **CROSS)), []
+    for block in [*model.blocks, *model.decoder_blocks]:
+        count = lambda module, args: seen.append(args[0].shape[:-2].numel())  # noqa: E731
+        block.mlp.register_forward_pre_hook(count)
+    codes = model.sample_codes(torch.arange(3), 1)
+    model(golden["imgs"], golden["noise"], codes, also_without_code=True)
+    assert seen == [3] * (place + 1) + [6] * (4 - place)
+
+
+def test_predictions_of_a_share_of_the_masked_patches_are_masked_only(golden):
+    model = Models.build(dataclasses.replace(TINY, **CROSS))
+    with pytest.raises(ValueError, match="predict_ratio"):
+        model(golden["imgs"], golden["noise"], predict_ratio=0.25)
+
+
 @pytest.mark.parametrize("ip_spec", [[], *PLACES], ids=str)
 def test_the_last_decoder_block_and_the_head_compute_masked_positions_only(golden, state, ip_spec):
     model, rows = tiny_model(state, ip_spec), {}
