@@ -493,18 +493,9 @@ def measure_channels(images, transform, *, seed, **loading):
 
 
 def copied(batches, device):
-    """Yields (rows, images) with the images on the device. A GPU copies a batch while it still
-    computes on the batch before."""
-    if device.type != "cuda":
-        yield from ((rows, images.to(device)) for rows, images in batches)
-        return
-    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    for rows, images in batches:
-        with torch.cuda.stream(copying):
-            images = images.to(device, non_blocking=True)
-        computing.wait_stream(copying)
-        images.record_stream(computing)  # else this memory could be given away too early
-        yield rows, images
+    """Yields (rows, images) with the images on the device. non_blocking: the host does not wait for
+    a GPU, and loads the next batch while the GPU computes."""
+    yield from ((rows, images.to(device, non_blocking=True)) for rows, images in batches)
 
 
 # -------------------------------------------------------------------------------------------------

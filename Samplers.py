@@ -80,13 +80,14 @@ def choose_codes_surrogate(
     return codes[:, 0], chosen[:, 0], losses.gather(1, best)[:, 0], losses[:, :n_first].mean(1)
 
 
-def surrogate_memory(model, n_images, codes_per_image):
-    """About how many bytes choose_codes_surrogate needs at once: for codes, for their features, and
-    twice for the kernel, or for the kernel and what predicted_losses makes of it."""
+def surrogate_memory(model, n_images, codes_per_image, tries):
+    """About how many bytes choose_codes_surrogate needs at most: for codes, their features, the
+    kernel and what predicted_losses makes of it, and twice for residuals, as `cat` copies them."""
     code = torch.zeros(1, 1, model.code_dim, device=model.pos_embed.device)
     n_features = model.code_features(code).shape[2]
     values_per_code = model.code_dim + n_features + 2 * codes_per_image
-    return 4 * n_images * codes_per_image * values_per_code
+    residual = model.pos_embed.shape[1] * model.decoder_pred.out_features
+    return 4 * n_images * (codes_per_image * values_per_code + 2 * tries * residual)
 
 
 def try_codes(model, prefix, images, seeds, numbers, codes_per_pass):

@@ -215,11 +215,12 @@ def step_losses(network, model, share, *, also_without_code, mask_ratio, predict
     device = model.pos_embed.device
     images, codes = normalize(share.images, model.config.mean, model.config.std), None
     if share.code_numbers is not None:
-        seeds, numbers = share.seeds.to(device), share.code_numbers.to(device)
+        seeds = share.seeds.to(device, non_blocking=True)
+        numbers = share.code_numbers.to(device, non_blocking=True)
         codes = model.numbered_codes(seeds, numbers[:, None])  # (n, 1, D)
     pred, mask = network(
         images,
-        share.mask_noise.to(device),
+        share.mask_noise.to(device, non_blocking=True),
         codes,
         mask_ratio,
         predict_ratio=predict_ratio,
@@ -286,9 +287,12 @@ def choose_pool_codes(
     for n_done, (part, images) in enumerate(chunks, 1):
         rows = missing[part]
         images = normalize(images, model.config.mean, model.config.std)
-        chunk = images, pool.mask_noise(rows).to(device), pool.seeds[rows].to(device)
-        chosen = choose_chunk_codes(fast_model, *chunk, choose, mask_ratio, predict_ratio)
-        numbers[rows.to(device)], losses[rows.to(device)] = chosen
+        host = pool.mask_noise(rows), pool.seeds[rows], rows
+        mask_noise, seeds, rows = (x.to(device, non_blocking=True) for x in host)
+        chosen = choose_chunk_codes(
+            fast_model, images, mask_noise, seeds, choose, mask_ratio, predict_ratio
+        )
+        numbers[rows], losses[rows] = chosen
         if n_done <= common_chunks and keeper.wants_to_save():
             progress.codes, progress.code_losses = gathered(numbers, losses)
             keeper.after_step()
@@ -378,18 +382,18 @@ def make_model(flags, checkpoint, measure):
         return IO.load_model(flags.mae_weights or PUBLISHED[flags.arch], measure=measure, **fields)
 
 
-def check_surrogate(model, images_per_pass, codes_per_image):
+def check_surrogate(model, images_per_pass, codes_per_image, tries):
     """An InputError if the surrogate needs more memory than the model's device has."""
     device = model.pos_embed.device
     processes = world_size() if device.type == "cpu" else 1  # which share the memory
-    needed = Samplers.surrogate_memory(model, images_per_pass, codes_per_image) * processes
+    needed = Samplers.surrogate_memory(model, images_per_pass, codes_per_image, tries) * processes
     total = total_memory(device)
     if needed > total:
         fits = images_per_pass * total // needed
         raise InputError(
-            f"--ns {codes_per_image}: --sampler surrogate compares all codes of the images of a "
-            f"pass, --code_bs {images_per_pass}, with each other: about {needed / 2**30:,.0f} GB, "
-            f"but there are {total / 2**30:,.0f} GB; "
+            f"--ns {codes_per_image}: --sampler surrogate keeps {tries} completions of each image "
+            f"of a pass, --code_bs {images_per_pass}, and compares all codes with each other: "
+            f"about {needed / 2**30:,.0f} GB, but there are {total / 2**30:,.0f} GB; "
             + (f"use --code_bs {fits} or less" if fits else "lower --ns")
         )
 
@@ -521,7 +525,7 @@ def run(flags, images_tr, images_val, probe_pairs):
     torch.manual_seed(flags.seed)
     model = make_model(flags, run_start.checkpoint, measure).to(device)
     if flags.sampler == "surrogate":
-        check_surrogate(model, min(flags.code_bs, flags.ex_per_epoch), flags.ns)
+        check_surrogate(model, min(flags.code_bs, flags.ex_per_epoch), flags.ns, flags.tries)
     optimizer = make_optimizer(model, weight_decay=flags.wd, betas=(flags.beta1, flags.beta2))
     scaler = torch.amp.GradScaler(device.type, enabled=step_dtype == torch.float16)
     progress = Progress()
@@ -535,12 +539,13 @@ def run(flags, images_tr, images_val, probe_pairs):
         args=vars(flags),
         data=data,
     )
-    if run_start.checkpoint:
+    if run_start.path:
         go_on(run_start, checkpoints, optimizer, progress)
+        run_start = run_start._replace(checkpoint=None)  # gives the memory back
     keeper = Keeper(record, checkpoints, progress, stop, save_minutes=flags.save_minutes)
     with stop, record, keeper.saving_at_the_end():
         step, folder = progress.step, run_start.folder
-        say(f"going on after step {step} in {folder}" if run_start.checkpoint else f"new: {folder}")
+        say(f"going on after step {step} in {folder}" if run_start.path else f"new: {folder}")
         train(
             flags,
             model,

@@ -75,7 +75,7 @@ def find_in_folder(folder, parts=RUN_PARTS):
 def find_run(script, flags, changeable, architecture, data):
     """See locate_run; for the first process."""
     if flags.resume:
-        folder = Path(flags.resume).absolute().parent.parent
+        folder = Path(flags.resume).expanduser().absolute().parent.parent
     else:
         folder = folder_of(flags.uid, flags.save_folder)
         folder = folder or models_folder(flags.save_folder) / run_name(script, flags)
@@ -141,8 +141,8 @@ def check_resume(path, start):
     """Refuses a --resume PATH that is not at the step of its run's newest checkpoint."""
     if start.path is None:
         raise InputError(f"--resume {path}: it is not in the checkpoints/ folder of a run")
-    if not start.path.samefile(path):
-        step = read_run_checkpoint(path)["progress"]["step"]
+    if not start.path.samefile(Path(path).expanduser()):
+        step = read_run_checkpoint(path, mmap=True)["progress"]["step"]
         if step != start.checkpoint["progress"]["step"]:
             reason = "it is not the newest checkpoint of its run"
             raise InputError(f"--resume {path}: {reason}; give {start.path}")
@@ -319,7 +319,11 @@ class Run:
         """Touches no file: `with` does, and cuts off metrics that are newer than the checkpoint.
         start: of locate_run; flags: a dict, for config.json; wandb: disabled, offline or online;
         curves: whether curves.png is drawn."""
-        self.folder, self.start, self.flags, self.main = start.folder, start, flags, rank() == 0
+        self.folder, self.flags, self.main = start.folder, flags, rank() == 0
+        checkpoint = start.checkpoint or {"progress": {"step": -1}, "metrics_size": 0}
+        self.start = start._replace(checkpoint=None)  # does not keep the checkpoint in memory
+        self.start_step = checkpoint["progress"]["step"]
+        self.start_size = checkpoint["metrics_size"]  # of metrics.jsonl, in bytes
         self.wandb_mode, self.curves = wandb, curves
         self.waiting_pictures = {}  # file name -> bytes that are not written to the disk yet
         self.waiting_lines = b""  # lines of metrics.jsonl that are not written to the disk yet
@@ -339,7 +343,6 @@ class Run:
 
     def open_folder(self, config):
         """Makes and locks the folder, and clears away what a killed process left there."""
-        checkpoint = self.start.checkpoint or {"progress": {"step": -1}, "metrics_size": 0}
         folders = [self.folder, self.folder / "images", self.folder / "checkpoints"]
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
@@ -351,11 +354,11 @@ class Run:
             for unfinished in folder.glob(".*.tmp"):
                 unfinished.unlink()
         for path in self.start.paths:
-            if step_of(path) > checkpoint["progress"]["step"]:  # newer, but could not be read
+            if step_of(path) > self.start_step:  # newer, but could not be read
                 path.rename(path.with_suffix(".damaged"))
         write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())
         self.metrics = open(self.folder / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
-        self.metrics.truncate(min(checkpoint["metrics_size"], self.metrics.tell()))
+        self.metrics.truncate(min(self.start_size, self.metrics.tell()))
         self.metrics.seek(0, os.SEEK_END)
 
     def __exit__(self, *_):

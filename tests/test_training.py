@@ -168,6 +168,15 @@ def test_the_surrogate_chooses_nearly_as_well_as_all_codes_by_a_fifth_of_the_tri
 
 
 @torch.no_grad()
+def test_the_surrogates_memory_holds_the_residuals_of_the_tried_codes_twice(model, chunk):
+    prefix, numbers = model.prefix(*chunk[:2]), torch.arange(8).expand(5, -1)
+    residuals, _ = Samplers.try_codes(model, prefix, chunk[0], chunk[2], numbers, 4)
+    memory = [Samplers.surrogate_memory(model, 5, 40, tries) for tries in (0, 8)]
+    assert 2 * residuals.nbytes <= memory[1] - memory[0] < 4 * residuals.nbytes
+    assert memory[0] > 5 * 40 * 40 * 8
+
+
+@torch.no_grad()
 def test_the_surrogate_looks_for_codes_that_are_not_too_near(model):
     torch.manual_seed(0)
     chunk = torch.randn(12, 3, 28, 28), torch.rand(12, 49), torch.arange(12)
