@@ -39,8 +39,10 @@ from Utils import InputError, first_line, naming, say
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 WORKERS = min(8, CORES)  # processes that load images
 SURROGATE_NS = 64  # with fewer codes the surrogate's regression has too few to learn from
-# Flags of one start of a run, not of an experiment: --config never sets them.
-NOT_FROM_CONFIG = ("uid", "resume", "force_resume", "gpus", "processes", "staged", "config")
+# Flags of one start of a run: a run that goes on by --resume has its own. --config sets neither
+# these nor the other flags that say which run it is, and where it runs.
+ONE_START = ("resume", "force_resume", "staged", "config")
+NOT_FROM_CONFIG = (*ONE_START, "uid", "gpus", "processes")
 IMAGES = "a folder with one folder per class, a .tar of one, or an .lmdb made by scripts/pack.py"
 
 # -------------------------------------------------------------------------------------------------
@@ -336,32 +338,62 @@ def architecture_flags(config_class=ModelConfig):
 
 def parse_flags(argv=None):
     """The flags of TrainIMLE.py, resolved and checked; ends the program on a mistake."""
-    parser = training_parser()
-    argv = with_config(sys.argv[1:] if argv is None else argv)
-    use_flags_of_run(parser, argv)
+    parser, argv = training_parser(), sys.argv[1:] if argv is None else argv
+    argv = with_flags_of_run(with_config(argv))
     with parser.errors():
         return resolve_flags(parser.parse_args(argv))
 
 
 def with_config(argv):
     """TrainIMLE.py's command line, a list of words, in which the flags of the --config FILE replace
-    `--config FILE`. They come first, so that the command line's own flags override them. Ends the
-    program on a mistake in the file."""
+    `--config FILE`. They come first, so that the command line's own flags override them."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", nargs="?")  # a missing value is left to the parser to report
     args, others = early.parse_known_args(argv)
     if args.config is None:
         return argv
+    return [*words_of(lambda: read_config_file(args.config), f"--config {args.config}"), *others]
+
+
+def with_flags_of_run(argv):
+    """The command line with flags of the run that goes on before its own flags: all flags of the
+    run that --resume names; of the run with this --uid the flags that may not change."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--resume", "--uid", "--save_folder"):
+        early.add_argument(name, nargs="?")  # a missing value is left to the parser to report
+    early = early.parse_known_args(argv)[0]
+    source = "--resume" if early.resume else "--uid" if early.uid else ""
+    return [*words_of(lambda: flags_of_run(**vars(early)), source), *argv]
+
+
+def words_of(read, source):
+    """The flags that read() returns, a dict, as words of a command line. Ends the program on a
+    mistake in them, with their source in the message."""
     parser = training_parser()
-    parser.source = f"--config {args.config}"
+    parser.source = source
     for action in parser._actions:
         action.required = False
     with parser.errors():
-        flags = read_config_file(args.config)
+        flags = read()
         parser.check_names(f"--{name}" for name in flags)
         words = [word for name, value in flags.items() for word in as_words(parser, name, value)]
-        parser.parse_args(words)  # to report mistakes as those of the file
-    return [*words, *others]
+        parser.parse_args(words)
+    return words
+
+
+def flags_of_run(resume, uid, save_folder):
+    """The flags, a dict, that the run which goes on gives to the command line. Flags that are no
+    flags of this version are left out, as `runs` refuses them."""
+    parser = training_parser()
+    if resume:
+        flags, left_out = read_run_checkpoint(resume, mmap=True)["args"], ONE_START
+    else:
+        folder = folder_of(uid or launcher_uid(), save_folder or parser.get_default("save_folder"))
+        flags, left_out = read_config(folder) if folder else {}, changeable_flags(parser)
+    if not flags:
+        return {}
+    names = {action.dest for action in parser._actions} - set(left_out)
+    return {name: value for name, value in current_flags(flags).items() if name in names}
 
 
 def read_config_file(path):
@@ -384,8 +416,8 @@ def read_config_file(path):
 
 
 def as_words(parser, name, value):
-    """The value of a flag in a --config FILE as words of a command line; none for null or an empty
-    list, which leave the flag's default."""
+    """The value of a flag, from a --config FILE or of a run, as words of a command line; none for
+    null or an empty list, which leave the flag's default."""
     action, several = parser._option_string_actions[f"--{name}"], isinstance(value, list)
     values = value if several else [value]
     if value in (None, []):
@@ -400,36 +432,6 @@ def as_words(parser, name, value):
         return [f"--{name}" if value else f"--no-{name}"]
     texts = [str(int(part) if isinstance(part, bool) else part) for part in values]
     return [f"--{name}", *texts] if several else [f"--{name}={texts[0]}"]
-
-
-def use_flags_of_run(parser, argv):
-    """Makes flags of the run that goes on the parser's defaults: all flags of the run that --resume
-    names; of the run with this --uid the flags that may not change."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--resume", "--uid", "--save_folder"):
-        early.add_argument(name, nargs="?")  # a missing value is left to `parser` to report
-    early = early.parse_known_args(argv)[0]
-    with parser.errors():
-        if early.resume:
-            with naming("--resume"):
-                known = current_flags(read_run_checkpoint(early.resume)["args"])
-            flags = {action.dest for action in parser._actions}
-            known = {k: v for k, v in known.items() if k in flags}  # `runs` refuses other flags
-            known["force_resume"] = 0
-        else:
-            folder = folder_of(
-                early.uid or launcher_uid(),
-                early.save_folder or parser.get_default("save_folder"),
-            )
-            known = current_flags(read_config(folder)) if folder else {}
-            known = {k: known[k] for k in known.keys() - changeable_flags(parser)}
-    parser.set_defaults(**known)
-    for action in parser._actions:
-        action.required = action.required and action.dest not in known
-        value = known.get(action.dest)
-        if action.choices and value is not None and value not in action.choices:
-            flag = "--resume" if early.resume else "--uid"
-            parser.error(f"{flag}: the run's --{action.dest} {value} is unknown to this version")
 
 
 def resolve_flags(args):
@@ -460,9 +462,6 @@ def resolve_flags(args):
     probe_paths(flags.probe_data)
     if not re.fullmatch(r"[\w.+-]{1,64}", flags.uid, re.ASCII):
         refuse(flags, "uid", "allowed are up to 64 letters, digits and . _ + -")
-    if args.sp > args.ns and not args.ignore_z:
-        say(f"note: --sp {args.sp} is lowered to {args.ns}, as --ns")
-        flags.sp = args.ns
     if args.epochs and args.headstart_z + args.n_ramp > args.epochs:
         say(f"note: the last of --epochs {args.epochs} ends before --headstart_z and --n_ramp do")
     return flags
@@ -538,18 +537,19 @@ def check_bands(bands, channels):
 
 def check_codes(flags):
     """Refuses flags of codes that contradict each other, or that have no effect without codes."""
-    idle = {"sampler": "exhaustive", "rs_epsilon": 0, "headstart_z": 0}
+    idle = {"sampler": "exhaustive", "tries": -1, "rs_epsilon": 0, "headstart_z": 0}
     for name, value in idle.items():
         if flags.ignore_z and getattr(flags, name) != value:
-            refuse(flags, name, f"with --ignore_z 1 there are no codes; leave --{name} out")
+            default = {"sampler": "auto"}.get(name, value)
+            refuse(flags, name, f"with --ignore_z 1 there are no codes; use --{name} {default}")
     if flags.sampler == "exhaustive" and flags.tries != -1:
-        refuse(flags, "tries", "needs --sampler surrogate; or leave --tries out")
+        refuse(flags, "tries", "needs --sampler surrogate; or use --tries -1")
     for method in flags.ip_spec[1::2]:
         if flags.sampler == "surrogate" and not INJECTIONS[method].surrogate_can_learn:
             reason = f"it can't rank codes of `{method}`, which have too many numbers"
             refuse(flags, "sampler", f"{reason}; use --sampler exhaustive")
     if flags.tries > flags.ns:
-        refuse(flags, "tries", f"allowed are 1 to --ns {flags.ns}, or -1")
+        refuse(flags, "tries", f"allowed are 1 to --ns {flags.ns}, or -1: a fifth of --ns")
 
 
 def check_steps(flags):
@@ -558,7 +558,7 @@ def check_steps(flags):
     if flags.ipe < least:
         reason = f"so few steps of --mini_bs {flags.mini_bs} images do not use each of the"
         refuse(flags, "ipe", f"{reason} --ex_per_epoch {flags.ex_per_epoch}; use at least {least}")
-    check_processes(flags, max(len(flags.gpus), int(os.environ.get("WORLD_SIZE", 1))))
+    check_processes(flags, int(os.environ.get("WORLD_SIZE", len(flags.gpus))))
     if flags.n_ramp and flags.scheduler == "constant":
         reason = "--scheduler constant has no ramp; use 0, or --scheduler linear_ramp"
         refuse(flags, "n_ramp", reason)
@@ -787,7 +787,7 @@ def device_names(gpus, processes):
     for name in ids:
         if name not in gpus_here or ids.count(name) > 1:
             reason = f"GPU {name} twice" if name in gpus_here else f"no GPU {name} on this machine"
-            allowed = ", ".join([*gpus_here, "or cpu alone"])
+            allowed = " or ".join([", ".join(gpus_here), "cpu"] if gpus_here else ["cpu"])
             raise InputError(f"--gpus {' '.join(gpus)}: {reason}; allowed: {allowed}")
     if processes not in (1, len(ids)):
         reason = "with GPUs there is one process for each; leave --processes out"

@@ -185,15 +185,14 @@ def open_labelled(flags):
         seed=flags.seed,
         image_decoder=flags.image_decoder,
         skip_bad_images=bool(flags.skip_bad_images),
-        same_classes=False,
+        same_classes=flags.train_n_way != -1,
     )
     with naming("--data_tr"):
         check_classes(images_tr)
     with naming("--data_val"):
-        classes = images_val.classes
+        extra = sorted(set(images_val.classes) - set(images_tr.classes))
         images_val = Data.with_classes(images_val, images_tr.classes)
-        extra = sorted(set(classes) - set(images_tr.classes))
-        if extra and flags.train_n_way == -1:
+        if extra:
             more = f" ({len(extra)} such)" * (len(extra) > 1)
             raise InputError(f"the training data has no class {extra[0]}, which this has{more}")
     return images_tr, images_val
@@ -216,11 +215,11 @@ def run(flags, images_tr, images_val):
             result = run_full_probe(flags, model, images_tr, images_val, device, stop)
     seconds = round(time.perf_counter() - start_time, 1)
     result = {"model": flags.model, **result, "seconds": seconds}
+    say(json.dumps(result))  # before the table, which the disk may refuse
     if rank() == 0:
         path = Path(flags.save_folder).expanduser() / "probes" / "results.csv"
         data = {"data_tr": flags.data_tr, "data_val": flags.data_val, "seed": flags.seed}
         append_row(path, {**result, **data})
-    say(json.dumps(result))
 
 
 # fmt: off

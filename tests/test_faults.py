@@ -648,6 +648,10 @@ def test_a_checkpoint_of_a_newer_version__is_refused_with_the_unknown_field(copi
     content = torch.load(path, weights_only=True)
     content[part] = content.get(part, {}) | NEWER[part]
     checkpoints.save_checkpoint(path, content)
+    if part == "args":  # the newer version wrote config.json, too
+        config = json.loads((run_folder(copied) / "config.json").read_text())
+        config["flags"] |= NEWER[part]
+        (run_folder(copied) / "config.json").write_text(json.dumps(config))
     field = part if part == "ema" else next(iter(NEWER[part]))
     for flags in ([*RUN, "--save_folder", copied], ["--resume", path]):
         done = command(*flags, check=False)
@@ -663,7 +667,7 @@ def test_a_newer_checkpoint_whose_tensors_or_values_are_unknown__is_refused_in_o
     content = torch.load(path, weights_only=True)
     changes = (
         ("model", "blocks.0.gamma", torch.zeros(3), "model of the newest checkpoint does not fit"),
-        ("args", "sampler", "beam", "--sampler beam is unknown to this version"),
+        ("args", "sampler", "beam", "--resume: --sampler: invalid choice: 'beam'"),
     )
     for part, name, value, reason in changes:
         checkpoints.save_checkpoint(path, {**content, part: {**content[part], name: value}})
@@ -930,6 +934,15 @@ def test_pictures_that_fail_to_be_drawn__cost_warnings_and_no_result(tiny_run, t
     (file,) = tmp_path.glob("probes/*/result.json")
     assert json.loads(file.read_text())["top1"] == result["top1"]
     assert f",{result['top1']}," in (tmp_path / "probes/results.csv").read_text()
+
+
+@pytest.mark.slow
+def test_a_table_of_probes_that_can_t_be_written__costs_no_result(tmp_path):
+    (tmp_path / "probes/results.csv").mkdir(parents=True)
+    flags = ["--fast", 1, "--val_n_shot", 2, "--probe_epochs", 1, "--save_folder", tmp_path]
+    done = probe_of("demo/imle_mnist.pt", *flags, data=TINY[1:4:2], check=False)
+    assert done.returncode == 2 and "results.csv: Is a directory" in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["probe"] == "fast"
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import torch
 import IO
 import Models
 from internals import runs
-from internals.checkpoints import RUN_PARTS
+from internals.checkpoints import RUN_PARTS, save_checkpoint
 from Utils import InputError
 
 ROOT = Path(IO.__file__).parent
@@ -138,10 +138,9 @@ def test_flags_that_depend_on_others_are_resolved(text, expected, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_sp_above_ns_is_lowered_with_a_notice(capsys):
-    assert parse(f"{SCRATCH} --gpus cpu --ns 5 --sp 7").sp == 5
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "--sp 7" in line and "5" in line
+def test_sp_may_be_above_ns_as_validation_tries_more_codes(capsys):
+    assert parse(f"{SCRATCH} --gpus cpu --ns 5 --sp 7").sp == 7
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_slurm_job_is_the_uid_where_none_is_given(monkeypatch):
@@ -372,6 +371,30 @@ def test_a_run_s_config_gives_its_flags_but_not_its_identity_or_devices(tmp_path
     differ = {k for k, v in vars(first).items() if v != getattr(again, k)}
     assert differ == {"uid", "gpus", "processes", "force_resume", "staged"}
     assert again.gpus == ["cpu"] and again.force_resume == 0 and again.staged is None
+
+
+def test_a_run_s_config_serves_its_baseline_by_the_flags_that_the_errors_name(tmp_path, capsys):
+    first = parse(f"{SCRATCH} --gpus cpu --ns 128")
+    assert first.sampler == "surrogate" and first.tries == 25
+    text = f"--config {config_file(tmp_path, {'flags': vars(first)})} --gpus cpu --ignore_z 1"
+    for advice in ("--sampler auto", "--tries -1"):
+        assert refusal(capsys, IO.parse_flags, text).endswith(f"; use {advice}")
+        text += f" {advice}"
+    assert parse(text).ip_spec == []
+
+
+def test_resuming_gives_all_flags_of_the_run_but_not_those_of_its_start(tmp_path):
+    args = vars(parse(f"{SCRATCH} --gpus cpu --lr 1e-3 --uid x --staged /x --force_resume 1"))
+    content = dict.fromkeys(RUN_PARTS, {}) | {"args": args | {"gates": 3}}
+    save_checkpoint(path := tmp_path / "step_1.pt", content)
+    again = vars(parse(f"--resume {path}"))
+    expected = args | {"resume": str(path), "staged": None, "force_resume": 0}
+    assert again == expected, "flags that this version lacks are left to the run to refuse"
+
+
+def test_under_a_launcher_its_processes_count_and_not_the_devices(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert parse(f"{SCRATCH} --gpus cpu --processes 16 --mini_bs 8 --ex_per_epoch 64").mini_bs == 8
 
 
 def test_a_config_of_version_0_1_0_does_what_its_run_did(tmp_path, capsys):
