@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from Utils import InputError
 
@@ -41,8 +41,8 @@ def open_image(data, channels=3, upright=False):
         raise ValueError(f"{found}: make the picture smaller or leave it out") from None
     if channels not in MODES:
         raise ValueError(
-            f"it has {len(image.getbands())} channels, expected are {channels} (--channels), which "
-            ".npy files and TIFFs of several bands can have"
+            f"pictures are read with 1, 3 or 4 channels, not {channels} (--channels), which .npy "
+            "files and TIFFs of several bands can have"
         )
     if upright:
         ImageOps.exif_transpose(image, in_place=True)
@@ -131,36 +131,20 @@ def eight_bits(image, channels=3):
 
 def decode_by_torchcodec(data, channels=3):
     """Encoded image -> uint8 (C, H, W) with the same pixels as Pillow's. Pillow decodes everything
-    but intact JPEGs in grey or RGB, for 1 or 3 channels, of a size that Pillow takes without a
-    warning."""
+    but intact upright JPEGs in grey or RGB, for 1 or 3 channels, of a size that Pillow takes
+    without a warning."""
     from torchcodec.decoders import decode_jpeg  # optional; see `check_decoder`
 
     if channels in (1, 3) and data.startswith(b"\xff\xd8\xff"):
-        jpeg, n_pixels = without_orientation(data)
-        if n_pixels <= (Image.MAX_IMAGE_PIXELS or math.inf):
-            with contextlib.suppress(RuntimeError):  # Pillow decodes some damaged images
-                image = decode_jpeg(torch.frombuffer(jpeg, dtype=torch.uint8), mode="UNCHANGED")
-                if len(image) in {1, channels}:  # grey, or RGB for 3 channels
-                    return image.expand(channels, -1, -1)
+        with contextlib.suppress(Exception):  # a damaged image may raise any; Pillow decodes some
+            header = Image.open(io.BytesIO(data))  # reads no pixels
+            fits = header.width * header.height <= (Image.MAX_IMAGE_PIXELS or math.inf)
+            # torchcodec would rotate an image by its orientation; ImageFolder does not.
+            rotates = header.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            if fits and not rotates and header.mode in ("L", MODES[channels]):
+                jpeg = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                return decode_jpeg(jpeg, mode="UNCHANGED").expand(channels, -1, -1)
     return open_image(data, channels)
-
-
-def without_orientation(data):
-    """A copy of a JPEG in which the APP1 segments, where cameras write the orientation, are
-    comments, and the number of pixels. torchcodec would rotate the image; ImageFolder does not."""
-    data, position, n_pixels = bytearray(data), 2, 0
-    while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] != b"\xda":
-        marker = data[position + 1] if position + 1 < len(data) else 0
-        if marker == 0xFF:  # padding before a marker
-            position += 1
-            continue
-        if marker == 0xE1:
-            data[position + 1] = 0xFE
-        if marker in range(0xC0, 0xD0) and marker not in (0xC4, 0xC8, 0xCC):  # start of a frame
-            height, width = data[position + 5 : position + 7], data[position + 7 : position + 9]
-            n_pixels = int.from_bytes(height, "big") * int.from_bytes(width, "big")
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return data, n_pixels
 
 
 IMAGE_DECODERS = {"pillow": open_image, "torchcodec": decode_by_torchcodec}

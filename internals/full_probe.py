@@ -173,8 +173,8 @@ class Batches:
         share of every batch, in passes."""
         encoder, indices = self.encoder, self.indices[order.flatten()]
         seeds = encoder.seeds(epoch if encoder.use_augs else 0, indices)
-        # A batch has at least eight passes, so that several processes can share it.
-        size = min(encoder.images_per_pass, -(-self.batch_size // 8))
+        # A batch has a pass for each process, and at least eight, so that 1 to 8 compute the same.
+        size = min(encoder.images_per_pass, -(-self.batch_size // max(8, world_size())))
         passes = torch.arange(self.batch_size).split(size)[rank() :: world_size()]
         rows = [batch * self.batch_size + part for batch in range(len(order)) for part in passes]
         images = Data.copied(self.loader.load(indices, seeds, rows), encoder.device)
@@ -297,9 +297,11 @@ def full_probe(
     start = on_all_processes(lambda: find_probe(folder, names, data, force), names)
     if start.checkpoint:
         checkpoints.restore(start.checkpoint)
-    with Run(start, flags, curves=False) as run:
+    run = Run(start, flags, curves=False)
+    start = start._replace(checkpoint=None)  # gives the memory back
+    with run:
         step = progress.step
-        say(f"going on after step {step} in {folder}" if start.checkpoint else f"new: {folder}")
+        say(f"going on after step {step} in {folder}" if start.path else f"new: {folder}")
         everything = torch.arange(len(images_val))
         test_sets = {"": encoder.test_features("validation", images_val, everything)}
         if len(plan.held_out):

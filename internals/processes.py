@@ -16,6 +16,7 @@ from functools import cache
 from multiprocessing.util import Finalize
 
 import torch
+import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, start_processes
 from tqdm import tqdm
 
@@ -180,6 +181,8 @@ def run_command(command, error_lock=None):
         open_streams()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # which `launch` has blocked
         command()
+        if dist.is_initialized():  # else NCCL warns when the process ends
+            dist.destroy_process_group()
     except InputError as error:
         # From a loader worker, the message is the last line of a traceback.
         fail(str(error).strip().splitlines()[-1].split("ImageError: ")[-1], 2, error_lock)

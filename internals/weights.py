@@ -206,13 +206,14 @@ def fetch_from_hub(source):
 # -------------------------------------------------------------------------------------------------
 # Reading: tensors and plain data only.
 
+NO_MAE = "not the weights of a masked autoencoder or its encoder"
+
 
 def read_state(path, key=""):
     """Reads what read_content does. Returns a state dict in the layout of facebookresearch/mae or
     ours, and the fields of ModelConfig that its source gives. key: see unwrap."""
     path, content = read_content(path)
-    refusal = "not the weights of a masked autoencoder or its encoder"
-    state, place = unwrap(content, PATCH_EMBEDDINGS, path=path, key=key, refusal=refusal)
+    state, place = unwrap(content, PATCH_EMBEDDINGS, path=path, key=key, refusal=NO_MAE)
     state = without_classifier(state, path)
     if place == "model" and "config" in content:
         if not isinstance(content["config"], dict):
@@ -315,8 +316,9 @@ def infer_config(state, config_fields, overrides):
     """The ModelConfig of a state dict. Sizes are read off its tensors; `config_fields` are the
     fields that its file gives. `overrides`, and then the preset of these sizes, give the other
     fields, such as the numbers of heads."""
-    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
-        raise InputError("not the weights of a masked autoencoder or its encoder")
+    needed = ("patch_embed.proj.weight", "pos_embed", "cls_token")
+    if missing := [name for name in needed if name not in state]:
+        raise InputError(f"{NO_MAE}: it lacks {', '.join(missing)}")
     sizes = tensor_sizes(state)
     for name, size in sizes.items():
         if config_fields.get(name, size) != size:
