@@ -39,7 +39,9 @@ def picture_grid(cells, headers, caption, cell_height=96, labels=()):
     lines = textwrap.wrap(drawable(caption), columns * step_x // 7)
     size = (columns * step_x + gap, top + rows * step_y + gap + line * len(lines))
     canvas = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    # Pillow's own font lacks letters such as e with an accent.
+    font_path = f"{import_matplotlib().get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    draw, font = ImageDraw.Draw(canvas), ImageFont.truetype(font_path, 11)
     for column, header in enumerate(headers):
         x = gap + column * step_x
         draw.text((x + w * scale / 2, top / 2), drawable(header), "black", font, anchor="mm")
@@ -189,7 +191,7 @@ def draw_probe(path, result, history, confusion):
         left.plot(epochs, top5, "--", color="gray", label="top-5 of the reported head")
         left.set(xlabel="epoch", ylabel="validation accuracy, top-1", ylim=(0, 1.02))
         left.grid(alpha=0.3)
-        left.legend(fontsize=7, loc="lower right")
+        figure.legend(fontsize=7, loc="outside lower center", ncols=3, frameon=False)
         draw_confusion(right, *confusion)
         figure.suptitle(f"{drawable(result['model'])}: top-1 {result['top1']:.2%}", fontsize=10)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Compares many settings of IMLE, and controls, all from scratch with the protocol of figure.sh. All settings take
-# hours on 2 CPU cores. After an interruption, the same command goes on. Flags on the command line apply to every run unless a setting names
-# them. ONLY="imle|mae" runs these two settings alone.
+# Compares many settings of IMLE, and controls, all from scratch with the protocol of figure.sh. All settings take hours on 2 CPU
+# cores. After an interruption, the same command goes on. Flags on the command line apply to every run unless a setting names them;
+# relative paths start at the repository. ONLY="imle|mae" runs these two settings alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh

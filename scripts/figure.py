@@ -91,6 +91,7 @@ def draw(groups, names, path):
         lines = [axes[0, 0].plot([], [], color=f"C{n}")[0] for n in range(len(groups))]
         n_seeds = sorted({len(runs) for runs in groups.values()})
         caption = f"line: mean, band: range over {' to '.join(map(str, n_seeds))} seeds"
+        caption = "one seed" if n_seeds == [1] else caption
         labels = [drawable(names.get(arm, arm)) for arm in groups]
         for style, label in PANELS["validation loss"].values():
             lines += axes[0, 0].plot([], [], style, color="black")

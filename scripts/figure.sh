@@ -2,7 +2,7 @@
 # Trains IMLE (codes behind the last encoder block, and more codes behind the last decoder block) and MAE from scratch with the
 # same data, seeds, steps and evaluation, and measures the effect of codes. After an interruption, the same command goes on.
 # Flags on the command line apply to all runs and override the flags of digits.sh, but not those of the three settings. With
-# your data:
+# your data (relative paths start at the repository):
 #   OUT=runs/mine bash scripts/figure.sh --data_tr DATA/train --data_val DATA/val --input_size 32
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains IMLE and MAE from scratch on CIFAR-10's photographs with the same data, seeds, steps and evaluation. Fetches CIFAR-10 into
 # DATA (170 MB). After an interruption, the same command goes on. Flags on the command line apply to all runs and override the flags
-# below, but not --seed, --uid and --ignore_z. With your data:
+# below, but not --seed, --uid and --ignore_z. With your data (relative paths start at the repository):
 #   OUT=runs/mine bash scripts/figure_cifar10.sh --data_tr DATA/train --data_val DATA/val --input_size 64
 set -euo pipefail
 cd "$(dirname "$0")/.."

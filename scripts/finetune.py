@@ -25,14 +25,14 @@ from Models import ImplicitMAE
 
 
 # fmt: off
-def labelled(images, transform, rows, seed, *, config, device, num_workers, timeout):
+def labelled(images, transform, rows, seed, *, config, device, **loading):
     """Yields images (n,C,H,W), cropped by seed, normalised, and labels (n,), for each of `rows`."""
     Data.use_channels(images, config.channels)
-    options = {"num_workers": num_workers, "timeout": timeout, "pin_memory": device.type == "cuda"}
-    loader = Data.ImageLoader(images, transform, **options)
+    loader = Data.ImageLoader(images, transform, pin_memory=device.type == "cuda", **loading)
     indices, labels = torch.arange(len(images)), torch.as_tensor(images.targets)
     seeds = Utils.mix_seeds(seed, Utils.Stream.IMAGE, indices)
-    for batch, pixels in Data.copied(loader.load(indices, seeds, rows), device):
+    loaded = Data.copied(loader.load(indices, seeds, rows), device)
+    for batch, pixels in Utils.watch(loaded, "images", len(rows) * len(rows[0])):
         yield normalize(pixels, config.mean, config.std), labels[batch].to(device)
 
 

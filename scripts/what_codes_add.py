@@ -229,6 +229,8 @@ def measure_seed(runs, mae, args):
         skip_bad_images=bool(flags["skip_bad_images"]),
         channels=config.channels,
     )
+    if len(images_tr.classes) < 2:
+        raise InputError("a judge of completions needs at least two classes, there is 1")
     transform = transforms(tuple(flags["input_size"]), flags["use_augs"])[1]
     options = {"transform": transform, "seed": flags["seed"], "num_workers": flags["num_workers"]}
 
@@ -328,7 +330,9 @@ def start(args):
     for seed in seeds:
         runs = {arm: folders[seed] for arm, folders in runs_of.items()}
         measured, accuracy, pictures = measure_seed(runs, args.mae, args)
-        say(f"seed {seed}: the judge knows {accuracy:.1%} of the whole validation images")
+        say(f"seed {seed}: the judge classifies {accuracy:.1%} of whole validation images right")
+        if accuracy < args.plausible:
+            say("warning: by a judge that errs so often, plausible, classes and true mean little")
         for name, values in measured.items():
             results.setdefault(name, []).append(values)
         if seed == seeds[0]:
