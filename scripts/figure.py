@@ -77,17 +77,28 @@ def together(runs, key, steps):
     return np.array([[run[step].get(key, np.nan) for step in steps] for run in runs], float)
 
 
-def draw(groups, names, path):
-    """Draws {arm: [validations of each seed]} to a picture at `path`."""
-    with saved_figure(path, (13, 7.5), dpi=90) as figure:
-        axes = figure.subplots(2, len(PANELS), sharey="col")
-        for column, (title, keys) in enumerate(PANELS.items()):
+UNITS = {"steps": "gradient steps", "time": "minutes of sampling and training"}
+
+
+def draw(groups, names, path, over):
+    """Draws {arm: [validations of each seed]} to a picture at `path`: a row of panels over each of
+    `over`, keys of UNITS. Leaves out panels of metrics that no run has, such as accuracies of runs
+    without labels."""
+    records = [record for runs in groups.values() for run in runs for record in run.values()]
+    panels = {
+        title: keys
+        for title, keys in PANELS.items()
+        if any(record.get(key) is not None for record in records for key in keys)
+    }
+    with saved_figure(path, (13, 1 + 3.25 * len(over)), dpi=90) as figure:
+        axes = figure.subplots(len(over), len(panels), sharey="col", squeeze=False)
+        for column, (title, keys) in enumerate(panels.items()):
             axes[0, column].set_title(title, fontsize=11)
-            for row, unit in enumerate(("gradient steps", "minutes of sampling and training")):
-                axes[row, column].set_xlabel(unit)
+            for row, unit in enumerate(over):
+                axes[row, column].set_xlabel(UNITS[unit])
                 axes[row, column].grid(alpha=0.3)
                 for number, runs in enumerate(groups.values()):
-                    draw_arm(axes[row, column], runs, keys, f"C{number}", over_time=row == 1)
+                    draw_arm(axes[row, column], runs, keys, f"C{number}", unit == "time")
         lines = [axes[0, 0].plot([], [], color=f"C{n}")[0] for n in range(len(groups))]
         n_seeds = sorted({len(runs) for runs in groups.values()})
         caption = f"line: mean, band: range over {' to '.join(map(str, n_seeds))} seeds"
@@ -152,7 +163,7 @@ def start(args):
         raise InputError(f"{args.folder}: no run in this folder has been validated yet")
     table(groups, names)
     if args.out:
-        draw(groups, names, Path(args.out))
+        draw(groups, names, Path(args.out), args.over)
         print(f"drawn: {args.out}")
 
 
@@ -164,6 +175,8 @@ def main(argv=None):
     add("--out", metavar="FILE", help="Picture to draw; default: only the table is printed.")
     help_names = "Names that table and picture use for arms; other arms keep their own names."
     add("--names", nargs="+", default=[], metavar="ARM=NAME", help=help_names)
+    help_over = "What curves are drawn over, a row of panels each."
+    add("--over", nargs="+", choices=UNITS, default=list(UNITS), help=help_over)
     args = parser.parse_args(argv)
     run_command(lambda: start(args))
 

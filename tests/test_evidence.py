@@ -8,6 +8,8 @@ import pytest
 import torch
 import what_codes_add  # noqa: E402
 from conftest import TINY, command, metrics, run_folder
+from matplotlib.figure import Figure
+from PIL import Image
 
 import Models
 from internals import runs
@@ -67,6 +69,30 @@ def test_the_figure_s_table_has_means_and_ranges_over_seeds(tmp_path, capsys):
     low, high = sorted(losses)
     assert f"{sum(losses) / 2:.3f} ({low:.3f}-{high:.3f})" in second
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_the_figure_has_a_panel_for_each_metric_that_the_runs_have(tmp_path, monkeypatch):
+    steps = {step: {"pretrain/loss_te": 1.0, "time/training_seconds": step} for step in (0, 8, 16)}
+    panels, subplots = [], Figure.subplots
+    keep = lambda self, *shape, **options: panels.append(shape) or subplots(self, *shape, **options)  # noqa: E731
+    monkeypatch.setattr(Figure, "subplots", keep)
+    for over in (["steps"], ["steps", "time"]):
+        figure.draw({"a": [steps, steps]}, {}, tmp_path / "figure.png", over)
+    probe = {"fast_linear_probe/acc_te": 0.5, "fast_linear_probe/knn_te": 0.5}
+    figure.draw({"a": [{8: steps[8] | probe}]}, {}, tmp_path / "figure.png", ["steps"])
+    assert panels == [(1, 1), (2, 1), (1, 3)]
+
+
+@pytest.mark.slow
+def test_runs_without_labels_have_no_judge(tmp_path):
+    (tmp_path / "flat").mkdir()
+    for number, image in enumerate(torch.randint(256, (40, 28, 28, 3), dtype=torch.uint8)):
+        Image.fromarray(image.numpy()).save(tmp_path / f"flat/{number}.png")
+    data = ["--data_tr", tmp_path / "flat", "--data_val", tmp_path / "flat"]
+    command(*TINY, *data, "--epochs", 0, "--uid", "a-0", "--save_folder", tmp_path)
+    done = command(tmp_path, program=(sys.executable, "scripts/what_codes_add.py"), check=False)
+    assert done.returncode == 2
+    assert "a judge of completions needs at least two classes" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
