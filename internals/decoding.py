@@ -41,8 +41,8 @@ def open_image(data, channels=3, upright=False):
         raise ValueError(f"{found}: make the picture smaller or leave it out") from None
     if channels not in MODES:
         raise ValueError(
-            f"pictures are read with 1, 3 or 4 channels, not {channels} (--channels), which .npy "
-            "files and TIFFs of several bands can have"
+            f"pictures are read with 1, 3 or 4 channels, not {channels} (--channels): only .npy "
+            "files and TIFFs of several bands can have so many"
         )
     if upright:
         ImageOps.exif_transpose(image, in_place=True)

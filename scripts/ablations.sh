@@ -16,6 +16,7 @@ mae_32_images --ignore_z 1 --mini_bs 32
 mae_twice_the_rate --ignore_z 1 --lr 2e-3
 imle
 imle_32_images --mini_bs 32
+imle_twice_the_rate --lr 2e-3
 imle_alone --mae_loss_weight 0
 random_codes --ns 1
 weight_.3 --mae_loss_weight .3
@@ -31,12 +32,15 @@ first_decoder_block --ip_spec 4 adain
 all_encoder_blocks --ip_spec 0 adain 1 adain 2 adain 3 adain
 mask_token --ip_spec mask adain
 ipe_500 --ipe 500 --epochs 4 --n_ramp 0
+last_decoder_block_ipe_500 --ip_spec 5 adain --ipe 500 --epochs 4 --n_ramp 0
+last_decoder_block_ipe_250 --ip_spec 5 adain --ipe 250 --epochs 8 --n_ramp 0
 latent_4 --latent_dim 4
 latent_128 --latent_dim 128
 mask_.9_mae --ignore_z 1 --mask_ratio .9
 mask_.9 --mask_ratio .9
 long_mae --ignore_z 1 --epochs 80
 long_imle --epochs 80
+long_last_decoder_block --epochs 80 --ip_spec 5 adain --ns 64
 END
 }
 
