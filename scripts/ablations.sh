@@ -38,6 +38,7 @@ latent_4 --latent_dim 4
 latent_128 --latent_dim 128
 mask_.9_mae --ignore_z 1 --mask_ratio .9
 mask_.9 --mask_ratio .9
+mask_.9_mae_32_epochs --ignore_z 1 --mask_ratio .9 --epochs 32
 long_mae --ignore_z 1 --epochs 80
 long_imle --epochs 80
 long_last_decoder_block --epochs 80 --ip_spec 5 adain --ns 64
