@@ -493,8 +493,8 @@ def measure_channels(images, transform, *, seed, **loading):
 
 
 def copied(batches, device):
-    """Yields (rows, images) with the images on the device. non_blocking: the host does not wait for
-    a GPU, and loads the next batch while the GPU computes."""
+    """Yields (rows, images) with the images on the device. Does not wait for a GPU: the next batch
+    is loaded while the GPU computes."""
     yield from ((rows, images.to(device, non_blocking=True)) for rows, images in batches)
 
 

@@ -347,9 +347,7 @@ def parse_flags(argv=None):
 def with_config(argv):
     """TrainIMLE.py's command line, a list of words, in which the flags of the --config FILE replace
     `--config FILE`. They come first, so that the command line's own flags override them."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config", nargs="?")  # a missing value is left to the parser to report
-    args, others = early.parse_known_args(argv)
+    args, others = early_flags(argv, "config")
     if args.config is None:
         return argv
     return [*words_of(lambda: read_config_file(args.config), f"--config {args.config}"), *others]
@@ -358,12 +356,18 @@ def with_config(argv):
 def with_flags_of_run(argv):
     """The command line with flags of the run that goes on before its own flags: all flags of the
     run that --resume names; of the run with this --uid the flags that may not change."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--resume", "--uid", "--save_folder"):
-        early.add_argument(name, nargs="?")  # a missing value is left to the parser to report
-    early = early.parse_known_args(argv)[0]
+    early, _ = early_flags(argv, "resume", "uid", "save_folder")
     source = "--resume" if early.resume else "--uid" if early.uid else ""
     return [*words_of(lambda: flags_of_run(**vars(early)), source), *argv]
+
+
+def early_flags(argv, *names):
+    """A namespace with the values of these flags in a command line, None where a flag or its value
+    is missing, and the other words. Reports no mistake: that is left to the parser."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(f"--{name}", nargs="?")
+    return parser.parse_known_args(argv)
 
 
 def words_of(read, source):
@@ -377,7 +381,7 @@ def words_of(read, source):
         flags = read()
         parser.check_names(f"--{name}" for name in flags)
         words = [word for name, value in flags.items() for word in as_words(parser, name, value)]
-        parser.parse_args(words)
+        parser.parse_args(words)  # only to report mistakes with their source
     return words
 
 

@@ -97,10 +97,10 @@ def linear_probe(
     }
 
 
-def check_classes(images):
-    """An InputError for images of fewer than two classes."""
+def check_classes(images, purpose="a probe"):
+    """An InputError for images of fewer than two classes. purpose: what needs the classes."""
     if (n := len(images.classes)) < 2:
-        raise InputError(f"a probe needs at least two classes, there is {n}")
+        raise InputError(f"{purpose} needs at least two classes, there is {n}")
 
 
 class FastProbe:

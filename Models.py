@@ -531,7 +531,8 @@ class ImplicitMAE(nn.Module):
     def _run(self, x, codes, positions, start, stop, first=0, also=False):
         """Runs blocks start to stop-1, numbered through encoder and decoder, each followed by its
         injection, on the tokens x (N, 1 or K, T, C) at positions[:, :T]. The last block, and every
-        block of a cross decoder, computes only the tokens at positions[:, first:]."""
+        block of a cross decoder, computes only the tokens at positions[:, first:]. also: as of
+        `_inject`."""
         blocks = [*self.blocks, *self.decoder_blocks]
         memory = None  # the tokens that a cross decoder attends to
         for place in range(start, stop):

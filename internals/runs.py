@@ -321,7 +321,7 @@ class Run:
         curves: whether curves.png is drawn."""
         self.folder, self.flags, self.main = start.folder, flags, rank() == 0
         checkpoint = start.checkpoint or {"progress": {"step": -1}, "metrics_size": 0}
-        self.start = start._replace(checkpoint=None)  # does not keep the checkpoint in memory
+        self.start_paths = start.paths  # not `start`, which would keep the checkpoint in memory
         self.start_step = checkpoint["progress"]["step"]
         self.start_size = checkpoint["metrics_size"]  # of metrics.jsonl, in bytes
         self.wandb_mode, self.curves = wandb, curves
@@ -347,13 +347,13 @@ class Run:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.folder / ".lock", self.folder)
-        if checkpoint_paths(self.folder) != self.start.paths:
+        if checkpoint_paths(self.folder) != self.start_paths:
             reason = f"another process wrote checkpoints in {self.folder} meanwhile"
             raise InputError(f"{reason}; start this command again")
         for folder in folders:
             for unfinished in folder.glob(".*.tmp"):
                 unfinished.unlink()
-        for path in self.start.paths:
+        for path in self.start_paths:
             if step_of(path) > self.start_step:  # newer, but could not be read
                 path.rename(path.with_suffix(".damaged"))
         write_atomically(self.folder / "config.json", json.dumps(config, indent=2).encode())

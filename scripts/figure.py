@@ -98,11 +98,11 @@ def draw(groups, names, path, over):
                 axes[row, column].set_xlabel(UNITS[unit])
                 axes[row, column].grid(alpha=0.3)
                 for number, runs in enumerate(groups.values()):
-                    draw_arm(axes[row, column], runs, keys, f"C{number}", unit == "time")
+                    draw_arm(axes[row, column], runs, keys, f"C{number}", over_time=unit == "time")
         lines = [axes[0, 0].plot([], [], color=f"C{n}")[0] for n in range(len(groups))]
         n_seeds = sorted({len(runs) for runs in groups.values()})
-        caption = f"line: mean, band: range over {' to '.join(map(str, n_seeds))} seeds"
-        caption = "one seed" if n_seeds == [1] else caption
+        seeds = f"line: mean, band: range over {' to '.join(map(str, n_seeds))} seeds"
+        caption = "one seed" if n_seeds == [1] else seeds
         labels = [drawable(names.get(arm, arm)) for arm in groups]
         for style, label in PANELS["validation loss"].values():
             lines += axes[0, 0].plot([], [], style, color="black")

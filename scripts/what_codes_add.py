@@ -27,7 +27,7 @@ from internals.processes import run_command
 from internals.runs import read_config
 from internals.weights import load_model
 from IO import Parser, real, whole
-from LinearProbe import linear_probe
+from LinearProbe import check_classes, linear_probe
 from Samplers import image_losses
 from Utils import (
     InputError,
@@ -229,8 +229,7 @@ def measure_seed(runs, mae, args):
         skip_bad_images=bool(flags["skip_bad_images"]),
         channels=config.channels,
     )
-    if len(images_tr.classes) < 2:
-        raise InputError("a judge of completions needs at least two classes, there is 1")
+    check_classes(images_tr, "a judge of completions")
     transform = transforms(tuple(flags["input_size"]), flags["use_augs"])[1]
     options = {"transform": transform, "seed": flags["seed"], "num_workers": flags["num_workers"]}
 
